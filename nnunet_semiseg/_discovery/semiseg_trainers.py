@@ -1,0 +1,24 @@
+"""What nnU-Net's trainer search looks at: asks the registry for any trainer name, variants with options included.
+
+nnU-Net imports this file as a top-level module, looks the requested name up with ``hasattr`` and drops the module
+again; the classes therefore live in ``nnunet_semiseg.trainers``, which stays imported.
+"""
+
+import sys
+
+
+def __getattr__(name):
+    # Also asked for __path__, __file__ and the like; only trainer names are worth the import.
+    if not name.startswith("nnUNetTrainer"):
+        raise AttributeError(name)
+    from nnunet_semiseg.trainers.options import OptionError
+    from nnunet_semiseg.trainers.registry import find_trainer
+
+    try:
+        trainer = find_trainer(name)
+    except OptionError as error:
+        print(f"nnunet_semiseg: {error}", file=sys.stderr, flush=True)
+        trainer = None
+    if trainer is None:
+        raise AttributeError(name)
+    return trainer

@@ -1,0 +1,79 @@
+"""Reading checkpoints without running their code, and writing them without ever leaving half a file."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# What nnU-Net's own checkpoints hold beyond tensors and plain Python: NumPy scalars and arrays in the logs.
+_SAFE_GLOBALS = [
+    np.dtype,
+    np.ndarray,
+    np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct,
+    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U")},
+]
+STATE_KEY = "semiseg_state"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the file and the cure."""
+
+
+def read(file: str | os.PathLike, map_location="cpu") -> dict:
+    """The content of a checkpoint, read with ``weights_only=True``: nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged, or holds objects that a checkpoint of nnU-Net does not hold.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {file}")
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{file} holds more than weights and settings, and reading it could run foreign code, so it is not "
+                f"read. Use a checkpoint written by nnU-Net 2.8 or by this package ({str(error).splitlines()[0]})"
+            ) from None
+        raise CheckpointError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file} is damaged or cut off: {str(error).splitlines()[0]}") from None
+
+
+def write(checkpoint: dict, file: str | os.PathLike) -> None:
+    """Write a checkpoint under a temporary name, then rename: under ``file`` there is always a complete one.
+
+    Raises:
+        OSError: if it cannot be written; a checkpoint that was there before is untouched.
+    """
+    file = Path(file)
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"The checkpoint {file} could not be written ({error}). Earlier checkpoints are untouched: free some "
+            "space in nnUNet_results and continue with nnUNetv2_train ... --c"
+        ) from error
+
+
+def as_written_by(save) -> dict:
+    """The checkpoint that ``save(stream)`` writes, on the CPU, so that more can be added to it."""
+    stream = io.BytesIO()
+    save(stream)
+    stream.seek(0)
+    return torch.load(stream, map_location="cpu", weights_only=False)

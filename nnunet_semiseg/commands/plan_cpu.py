@@ -1,0 +1,24 @@
+"""``nnunet_semiseg plan_cpu``."""
+
+from __future__ import annotations
+
+from nnunet_semiseg.datasets import dataset_name
+
+
+def add_arguments(parser):
+    parser.add_argument("-d", required=True, help="dataset id or name")
+    parser.add_argument("-features", type=int, default=16, help="features of the first stage (default %(default)s)")
+    parser.add_argument("-memory", type=float, default=0.5, help="memory target in GB, sets the patch size")
+    parser.add_argument("-plans_name", default="nnUNetPlans_cpu", help="name of the plans (default %(default)s)")
+
+
+def run(args):
+    from nnunet_semiseg.cpu_planner import CPUPlanner
+
+    name = dataset_name(args.d)
+    planner = CPUPlanner(name, args.features, args.memory, args.plans_name)
+    plans = planner.plan_experiment()
+    for configuration, plan in plans["configurations"].items():
+        if "patch_size" in plan:
+            print(f"{configuration}: patch {list(map(int, plan['patch_size']))}, batch size {plan['batch_size']}")
+    print(f"Next: nnUNetv2_preprocess -d {name} -plans_name {args.plans_name} -c 2d")

@@ -1,0 +1,24 @@
+"""Plans that train on a laptop, made by nnU-Net's own planner."""
+
+from __future__ import annotations
+
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+
+class CPUPlanner(ExperimentPlanner):
+    """nnU-Net's planner with fewer features and a memory target that fits two CPU cores.
+
+    For trying things out: accuracy is below that of nnU-Net's default plans.
+    """
+
+    def __init__(self, dataset_name_or_id, features: int = 16, memory_gb: float = 0.5, plans_name="nnUNetPlans_cpu"):
+        super().__init__(dataset_name_or_id, gpu_memory_target_in_gb=memory_gb, plans_name=plans_name)
+        self.UNet_base_num_features = features
+        self.UNet_max_features_2d = self.UNet_max_features_3d = 8 * features
+        # No stage deeper than 8 voxels: such stages cost little on a GPU, but much on a CPU for what they add.
+        self.UNet_featuremap_min_edge_length = 8
+
+    def get_plans_for_configuration(self, spacing, *args, **kwargs):
+        plan = super().get_plans_for_configuration(spacing, *args, **kwargs)
+        plan["batch_size"] = min(plan["batch_size"], 12 if len(spacing) == 2 else 2)
+        return plan

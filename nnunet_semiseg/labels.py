@@ -1,0 +1,73 @@
+"""Softmax labels, sigmoid regions and the ignore label behind one interface.
+
+nnU-Net trains either on exclusive labels (softmax over C classes, class 0 is background) or on R overlapping regions
+(one sigmoid each). Every method asks this adapter what a prediction means, so that no method needs to know which of
+the two it runs on.
+"""
+
+from __future__ import annotations
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+
+class LabelAdapter:
+    """Reads logits and targets of one dataset.
+
+    Shapes below: B samples; C = ``num_outputs`` logit channels; K = ``num_foreground`` foreground classes or regions
+    (C - 1 labels, or C regions); ``*`` is (Y, X) or (Z, Y, X).
+
+    A *hard* prediction has the form of nnU-Net's own targets: (B, 1, *) int64 of label ids, or (B, R, *) bool.
+    """
+
+    def __init__(self, label_manager: LabelManager):
+        self.has_regions: bool = label_manager.has_regions
+        self.ignore_label: int | None = label_manager.ignore_label
+        self.num_outputs: int = label_manager.num_segmentation_heads
+        self.num_foreground: int = self.num_outputs if self.has_regions else self.num_outputs - 1
+        self.foreground_names: list = (
+            list(label_manager.foreground_regions) if self.has_regions else list(label_manager.foreground_labels)
+        )
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, C, *) logits to (B, C, *) float32 probabilities."""
+        return torch.sigmoid(logits.float()) if self.has_regions else torch.softmax(logits.float(), 1)
+
+    def hard(self, scores: torch.Tensor) -> torch.Tensor:
+        """(B, C, *) logits to the hard prediction. Never the ignore label."""
+        return scores > 0 if self.has_regions else scores.argmax(1, keepdim=True)
+
+    def confidence(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """(B, C, *) probabilities to (B, 1, *): how sure the least sure decision in a voxel is."""
+        if self.has_regions:
+            return torch.maximum(probabilities, 1 - probabilities).amin(1, keepdim=True)
+        return probabilities.amax(1, keepdim=True)
+
+    def one_vs_rest(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A full-resolution target or hard prediction as K binary problems.
+
+        Args:
+            target: nnU-Net's target: (B, 1, *) integer labels, or (B, R[+1 ignore], *) regions.
+
+        Returns:
+            (B, K, *) float32 in {0, 1}, and a (B, 1, *) bool mask that is False where the label is ignored.
+        """
+        if self.has_regions:
+            foreground = target[:, : self.num_foreground].float()
+            if target.shape[1] > self.num_foreground:
+                return foreground, ~target[:, -1:].bool()
+            return foreground, torch.ones_like(target[:, :1], dtype=torch.bool)
+        classes = torch.arange(1, self.num_outputs, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
+        valid = torch.ones_like(target, dtype=torch.bool) if self.ignore_label is None else target != self.ignore_label
+        return (target == classes).float(), valid
+
+    def masked_target(self, hard: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """A hard prediction that is ignored outside of ``mask``, for a loss built with an ignore label.
+
+        Labels: id ``num_outputs`` marks the ignored voxels (nnU-Net's own ignore label where there is one, as that is
+        the id after the last class). Regions: one more channel, True where ignored.
+        """
+        if self.has_regions:
+            return torch.cat((hard, ~mask), 1)
+        return torch.where(mask, hard, self.num_outputs)
+

@@ -1,0 +1,50 @@
+"""nnU-Net's U-Net, run so that it also hands out its last full-resolution features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def check_is_unet(network: nn.Module) -> None:
+    """Raise NotImplementedError unless ``network`` has the parts of nnU-Net's U-Nets that the functions here use."""
+    decoder = getattr(network, "decoder", None)
+    if not hasattr(network, "encoder") or not all(hasattr(decoder, a) for a in ("stages", "transpconvs", "seg_layers")):
+        raise NotImplementedError(
+            f"The network {type(network).__name__} has no encoder and decoder as nnU-Net's U-Nets have them, so no "
+            "feature heads can be put on it. Use plans with PlainConvUNet or ResidualEncoderUNet, or "
+            "nnUNetTrainerMeanTeacher, which runs on any network."
+        )
+
+
+def forward_with_features(unet: nn.Module, x: torch.Tensor, dropout: float = 0.0):
+    """What ``unet(x)`` returns, and the features that its full-resolution segmentation layer reads.
+
+    Args:
+        unet: PlainConvUNet or ResidualEncoderUNet.
+        x: (B, channels, *) input.
+        dropout: Probability of dropping an element of the bottleneck features and of the last features (CoraNet,
+            section IV.D, puts its Monte Carlo dropout there). 0 leaves the network as it is.
+
+    Returns:
+        The logits (a list, full resolution first, with deep supervision) and (B, F, *) features.
+    """
+    skips = unet.encoder(x)
+    decoder = unet.decoder
+    x = F.dropout(skips[-1], dropout) if dropout else skips[-1]
+    outputs = []
+    last = len(decoder.stages) - 1
+    for i, (up, stage, segment) in enumerate(zip(decoder.transpconvs, decoder.stages, decoder.seg_layers)):
+        x = stage(torch.cat((up(x), skips[-(i + 2)]), 1))
+        if i == last and dropout:
+            x = F.dropout(x, dropout)
+        if decoder.deep_supervision or i == last:
+            outputs.append(segment(x))
+    outputs = outputs[::-1]
+    return (outputs if decoder.deep_supervision else outputs[0]), x
+
+
+def full_resolution(output) -> torch.Tensor:
+    """The full-resolution logits of a network's output, with or without deep supervision."""
+    return output[0] if isinstance(output, (list, tuple)) else output

@@ -1,0 +1,302 @@
+"""CoraNet (Shi et al. 2021): conservative and radical heads tell the certain region from the uncertain one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nnunet_semiseg.losses.consistency import masked_squared_distance
+from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce
+from nnunet_semiseg.losses.pseudo_labels import MaskedSegmentationLoss
+from nnunet_semiseg.losses.ramps import ramp_up_between
+from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce, small_deviation
+from nnunet_semiseg.networks.ema import EMATeacher, unwrap
+from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
+from nnunet_semiseg.networks.heads import FeatureHead
+from nnunet_semiseg.trainers.base import FrameOptions, SemiSupervisedTrainer, Term
+from nnunet_semiseg.trainers.options import option
+
+# Table VI: a confidence above 0.8 (test-time augmentation, MC dropout) or a standard deviation below 0.001 is certain.
+CERTAIN_CONFIDENCE = 0.8
+CERTAIN_DEVIATION = 0.001
+DROPOUT = 0.5
+
+# Table IV: on which region self-training (C-SN) and mean teacher (UC-SN) work.
+SETTINGS = {
+    "full": ("certain", "uncertain"),
+    "seg": (None, None),
+    "seg+st": ("all", None),
+    "seg+st-mask": ("certain", None),
+    "seg+mt": (None, "all"),
+    "seg+mt-mask": (None, "certain"),
+}
+
+
+@dataclass(frozen=True)
+class CoraNetOptions(FrameOptions):
+    preset: str = option("default", "paper: the printed settings; code: those of the published code",
+                         choices=("default", "paper", "code"))
+    alpha: float = option(5.0, "cost of the expensive mistake; 1 tells the heads apart by initialization", low=1.0)
+    setting: str = option("full", "rows of the paper's Table IV", choices=tuple(SETTINGS))
+    uncertainty: str = option("cost", "what makes the mask: heads, test-time augmentation, MC dropout or aleatoric",
+                              choices=("cost", "tta", "mcdropout", "aleatoric"))
+    passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
+    pretraining: float = option(0.2, "share of the run that trains on labeled data only", low=0.0, high=1.0)
+    certain_weight: float = option(1.0, "weight of self-training on the certain region", low=0.0)
+    pseudo_dice: float = option(1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0)
+    consistency_weight: float = option(1.0, "largest weight of the consistency on the uncertain region", low=0.0)
+    ramp_up: float = option(0.2, "share of the run over which the consistency rises, after pretraining", low=0.0, high=1.0)
+    all_heads: bool = option(False, "self-training and consistency on the two cost heads as well")
+    relabel_every: int = option(50, "steps between two relabelings; also at the start of an epoch", low=1)
+    label_reuse: int = option(5, "steps that train on a labeled patch before it is replaced", low=1)
+    ema_decay: float = option(0.99, "decay of the teacher, per step (beta in Eq. 9)", low=0.0, high=1.0)
+    predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
+
+
+CoraNetOptions.PRESETS = {
+    "paper": dict(
+        pretraining=0.23, certain_weight=1.0, pseudo_dice=0.0, consistency_weight=1.0, ramp_up=0.0, all_heads=False
+    ),
+    # The code divides the supervised and the certain sum by 4 but not the consistency, and adds the unlabeled half
+    # with 0.5; here, nothing is divided.
+    "code": dict(
+        pretraining=0.23, certain_weight=0.5, pseudo_dice=1.0, consistency_weight=0.2, ramp_up=0.15, all_heads=True
+    ),
+}
+
+
+class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
+    """CoraNet on nnU-Net's U-Net (Inconsistency-aware Uncertainty Estimation, IEEE TMI 2021).
+
+    Three branches share encoder and decoder: the plans' own segmentation layer (main), and two heads on the last
+    features, trained with unequal costs. What both heads call alike is certain. There the student learns from its own
+    pseudo labels; elsewhere it follows a mean teacher.
+
+    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1).
+    * Phase 2, each step: L_crm + ``certain_weight`` L_c-sn (Eq. 7) + w(t) L_cnt (Eq. 8), then the teacher (Eq. 9).
+    * Every ``relabel_every`` steps the student labels new unlabeled patches (Eqs. 2-6); each then serves
+      ``label_reuse`` steps. The student sees them in the strong view; labels and teacher use the weak one.
+
+    Multi-class: the heads are one-vs-rest over the K foreground classes or regions, which is the paper's set of binary
+    sub-tasks in one network; a voxel is uncertain if the heads disagree in any of them.
+
+    Corrected or decided, against paper and published code:
+
+    * Conservative is background cost alpha (the list in section III.A; the caption of Fig. 1 has it the other way
+      round), on labeled and unlabeled data alike (the code swaps the heads' costs between the two).
+    * The main branch is the plans' segmentation layer, not a head of its own, so that the checkpoint is a plain
+      nnU-Net; its loss is nnU-Net's Dice and cross-entropy with deep supervision.
+    * Sums over pixels (Eqs. 1, 7, 8) are means over the voxels of the region, so that the weights do not depend on
+      the patch size.
+    * One step on the sum of the losses, instead of three steps in turn (Algorithm 1).
+    * Pseudo labels are the main branch's; the paper's voting among binary networks has nothing to vote on here.
+    * Table IV's "seg+mt (mask)" is the mean teacher on the certain region, as its text says.
+    * The heads are a quarter as wide as the features they read.
+    """
+
+    Options = CoraNetOptions
+    options: CoraNetOptions
+
+    # ------------------------------------------------------------------------------------------------- networks, phases
+
+    def build_companions(self):
+        unet = unwrap(self.network)
+        check_is_unet(unet)
+        self._forward = self.compiled(forward_with_features)
+        self._pool: list[dict] = []
+        self._certain_loss = MaskedSegmentationLoss(
+            self.labels, self.configuration_manager.batch_dice, self.options.pseudo_dice
+        )
+        companions = {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=False)}
+        names = {"cost": ("conservative", "radical"), "aleatoric": ("mean", "deviation")}
+        heads = {name: FeatureHead(unet, self.labels.num_foreground) for name in names.get(self.options.uncertainty, ())}
+        if heads:
+            companions["heads"] = nn.ModuleDict(heads)
+        if self._trains_all_heads:
+            companions["teacher_heads"] = EMATeacher(companions["heads"], self.options.ema_decay, warm_up=False)
+        return companions
+
+    @property
+    def _trains_all_heads(self) -> bool:
+        return self.options.all_heads and self.options.uncertainty == "cost"
+
+    @property
+    def _dropout(self) -> float:
+        return DROPOUT if self.options.uncertainty == "mcdropout" else 0.0
+
+    @property
+    def _first_step(self) -> int:
+        """The first step of phase 2."""
+        return math.ceil(self.options.pretraining * self.num_epochs * self.num_iterations_per_epoch)
+
+    def uses_unlabeled(self):
+        return SETTINGS[self.options.setting] != (None, None) and self.global_step >= self._first_step
+
+    def predicts_with_teacher(self):
+        return self.options.predict_with == "teacher"
+
+    def before_step(self):
+        if self.global_step == self._first_step:
+            # Algorithm 1, line 3: the teacher starts from the pretrained student.
+            self.teacher.copy_from(self.network)
+            if self._trains_all_heads:
+                self.companions["teacher_heads"].copy_from(self.companions["heads"])
+
+    def after_step(self):
+        super().after_step()
+        if self._trains_all_heads:
+            self.companions["teacher_heads"].update(self.companions["heads"])
+
+    # ------------------------------------------------------------------------------------------------------- CRM, Eq. 1
+
+    def supervised_loss(self, data, target):
+        with self.autocast():
+            outputs, features = self._forward(unwrap(self.network), data, self._dropout)
+            terms = {"supervised": Term(self.loss(outputs, target))}
+            heads = self._run_heads(features)
+        foreground, valid = self.labels.one_vs_rest(full_resolution(target))
+        return terms | self._head_losses(heads, foreground, valid, "")
+
+    def _run_heads(self, features: torch.Tensor, name: str = "heads") -> dict[str, torch.Tensor]:
+        """(B, K, *) logits of each head."""
+        if name not in self.companions:
+            return {}
+        heads = self.companions[name]
+        heads = heads.module if isinstance(heads, EMATeacher) else heads
+        return {key: head(features) for key, head in heads.items()}
+
+    def _head_losses(self, heads: dict, foreground, valid, suffix: str, weight: float = 1.0) -> dict[str, Term]:
+        if "conservative" in heads:
+            alpha = self.options.alpha
+            return {
+                f"conservative{suffix}": Term(
+                    cost_sensitive_bce(heads["conservative"], foreground, valid, alpha, 1.0), weight
+                ),
+                f"radical{suffix}": Term(cost_sensitive_bce(heads["radical"], foreground, valid, 1.0, alpha), weight),
+            }
+        if "deviation" in heads:
+            with self.random_stream:
+                noise = torch.randn((self.options.passes, *heads["mean"].shape), device=self.device)
+            deviation = F.softplus(heads["deviation"].float())
+            loss = heteroscedastic_bce(heads["mean"], deviation, foreground, valid, noise)
+            return {"aleatoric": Term(loss, weight)}
+        return {}
+
+    # --------------------------------------------------------------------------------------- pseudo labels, Eqs. 2 to 6
+
+    def next_unlabeled(self):
+        """A patch with its pseudo label and mask, from the pool that the last relabeling filled."""
+        o = self.options
+        step = self.global_step - self.current_epoch * self.num_iterations_per_epoch
+        # Counted from the start of the epoch, so that a run which resumes there has the same pool.
+        since = step % o.relabel_every
+        if since == 0 or self.global_step == self._first_step:
+            steps = min(o.relabel_every - since, self.num_iterations_per_epoch - step)
+            self._pool = [self._labeled_batch() for _ in range(math.ceil(steps / o.label_reuse))]
+        batch = self._pool[since % len(self._pool)]
+        self._unlabeled_keys = batch["keys"]
+        return {key: self.to_device(value) for key, value in batch.items() if key != "keys"}
+
+    @torch.no_grad()
+    def _labeled_batch(self) -> dict:
+        batch = self.draw_unlabeled()
+        hard, certain = getattr(self, f"_label_by_{self.options.uncertainty}")(self.to_device(batch["weak"]))
+        hard = hard if self.labels.has_regions else hard.to(torch.int16)
+        return {**batch, "hard": hard.cpu(), "certain": certain.cpu()}
+
+    def _label_by_cost(self, data):
+        with self.autocast():
+            outputs, features = self._forward(unwrap(self.network), data)
+            heads = self._run_heads(features)
+        return self.labels.hard(full_resolution(outputs)), agreement(heads["conservative"], heads["radical"])
+
+    def _label_by_aleatoric(self, data):
+        with self.autocast():
+            outputs, features = self._forward(unwrap(self.network), data)
+            heads = self._run_heads(features)
+        deviation = F.softplus(heads["deviation"].float())
+        return self.labels.hard(full_resolution(outputs)), small_deviation(deviation, CERTAIN_DEVIATION)
+
+    def _label_by_mcdropout(self, data):
+        probabilities = 0
+        for _ in range(self.options.passes):
+            with self.random_stream, self.autocast():
+                outputs, _ = self._forward(unwrap(self.network), data, DROPOUT)
+            probabilities = probabilities + self.labels.probabilities(full_resolution(outputs))
+        return self._label_by_mean(probabilities / self.options.passes)
+
+    def _label_by_tta(self, data):
+        """Mean over random flips and, in 2D, zooms by 0.8 to 1.1."""
+        probabilities = 0
+        for _ in range(self.options.passes):
+            with self.random_stream:
+                axes = [axis + 2 for axis in self.inference_allowed_mirroring_axes or () if torch.rand(()) < 0.5]
+                zoom = float(torch.empty(()).uniform_(0.8, 1.1)) if data.ndim == 4 else 1.0
+            p = self.labels.probabilities(self.logits(self.student, _zoomed(data.flip(axes), zoom)))
+            probabilities = probabilities + _zoomed(p, 1 / zoom).flip(axes)
+        return self._label_by_mean(probabilities / self.options.passes)
+
+    def _label_by_mean(self, probabilities):
+        # LabelAdapter.hard reads logits; for a mean of sigmoids the threshold is 0.5.
+        hard = self.labels.hard(probabilities - 0.5 if self.labels.has_regions else probabilities)
+        return hard, self.labels.confidence(probabilities) > CERTAIN_CONFIDENCE
+
+    # ------------------------------------------------------------------------------------------- C-SN and UC-SN, Eqs. 7, 8
+
+    def unsupervised_loss(self, unlabeled):
+        o = self.options
+        hard, certain = unlabeled["hard"], unlabeled["certain"]
+        hard = hard if self.labels.has_regions else hard.long()
+        masks = {"certain": certain, "uncertain": ~certain, "all": torch.ones_like(certain)}
+        self_training, mean_teacher = (masks.get(region) for region in SETTINGS[o.setting])
+        self.monitor("certain_voxels", certain.float().mean())
+        foreground, valid = self.labels.one_vs_rest(hard)
+        self.monitor("pseudo_foreground", foreground.amax(1).mean())
+
+        with self.autocast():
+            if self._trains_all_heads or self._dropout:
+                outputs, features = self._forward(unwrap(self.network), unlabeled["strong"], self._dropout)
+                heads = self._run_heads(features) if self._trains_all_heads else {}
+            else:
+                outputs, heads = self.student(unlabeled["strong"]), {}
+        student = full_resolution(outputs)
+
+        terms = {}
+        if self_training is not None and o.certain_weight > 0:
+            terms["certain"] = Term(self._certain_loss(student, hard, self_training), o.certain_weight)
+            terms |= self._head_losses(heads, foreground, valid & self_training, "_certain", o.certain_weight)
+        if mean_teacher is not None and o.consistency_weight > 0:
+            weight = o.consistency_weight * ramp_up_between(self.progress, o.pretraining, o.ramp_up)
+            terms["consistency"] = Term(self._consistency(student, heads, unlabeled["weak"], mean_teacher), weight)
+        if not terms:
+            terms["certain"] = Term(student.sum() * 0.0, 0.0)
+        return terms
+
+    def _consistency(self, student: torch.Tensor, heads: dict, weak: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Eq. 8, or its mean over the three branches with ``all_heads``."""
+        with torch.no_grad(), self.autocast():
+            if heads:
+                outputs, features = self._forward(self.teacher.module, weak)
+                teacher_heads = self._run_heads(features, "teacher_heads")
+            else:
+                outputs, teacher_heads = self.teacher_network(weak), {}
+        probabilities = self.labels.probabilities
+        distances = [masked_squared_distance(probabilities(student), probabilities(full_resolution(outputs)), mask)]
+        for name, logits in heads.items():
+            # The two channels of a binary problem differ by the same amount.
+            difference = masked_squared_distance(logits.float().sigmoid(), teacher_heads[name].float().sigmoid(), mask)
+            distances.append(2 * difference)
+        return torch.stack(distances).mean()
+
+
+def _zoomed(image: torch.Tensor, zoom: float) -> torch.Tensor:
+    """(B, C, Y, X) zoomed about its center, on the same grid; border values continue outside."""
+    if zoom == 1.0:
+        return image
+    theta = torch.tensor([[1 / zoom, 0, 0], [0, 1 / zoom, 0]], device=image.device).expand(len(image), 2, 3)
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    return F.grid_sample(image.float(), grid, padding_mode="border", align_corners=False)

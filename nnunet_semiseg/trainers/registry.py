@@ -1,0 +1,57 @@
+"""Which trainers exist, and how a name becomes a class."""
+
+from __future__ import annotations
+
+import importlib
+
+from nnunet_semiseg.trainers.options import parse_suffix
+
+# Class name -> module. A method is added by its file and one line here.
+TRAINERS = {
+    "nnUNetTrainerMeanTeacher": "nnunet_semiseg.trainers.mean_teacher",
+    "nnUNetTrainerCoraNet": "nnunet_semiseg.trainers.coranet",
+}
+
+_VARIANTS_MODULE = "nnunet_semiseg.trainers.variants"
+_found: dict[str, type] = {}
+
+
+def trainer_classes() -> dict[str, type]:
+    """All trainers of this package by class name."""
+    return {name: getattr(importlib.import_module(module), name) for name, module in TRAINERS.items()}
+
+
+def find_trainer(name: str) -> type | None:
+    """The trainer class of that name; the same object whenever it is asked for.
+
+    Args:
+        name: ``<Trainer>[_<N>epochs][_<option>=<value>]...``
+
+    Returns:
+        The class, or None if no trainer of this package has such a name.
+
+    Raises:
+        OptionError: if the trainer exists and the rest of the name is not a valid setting of it.
+    """
+    if name not in _found:
+        base_name = max((base for base in TRAINERS if name == base or name.startswith(base + "_")), key=len, default="")
+        if not base_name:
+            return None
+        base = getattr(importlib.import_module(TRAINERS[base_name]), base_name)
+        if name == base_name:
+            _found[name] = base
+        else:
+            chosen, schedule = parse_suffix(name[len(base_name) :], base.Options)
+            # The module of variants resolves the name again on import, so that instances can be pickled into another
+            # process.
+            _found[name] = type(
+                name,
+                (base,),
+                {
+                    "__module__": _VARIANTS_MODULE,
+                    "__doc__": base.__doc__,
+                    "chosen_options": {**base.chosen_options, **chosen},
+                    "chosen_schedule": {**base.chosen_schedule, **schedule},
+                },
+            )
+    return _found[name]

@@ -14,9 +14,7 @@ class CPUPlanner(ExperimentPlanner):
     def __init__(self, dataset_name_or_id, features: int = 16, memory_gb: float = 0.5, plans_name="nnUNetPlans_cpu"):
         super().__init__(dataset_name_or_id, gpu_memory_target_in_gb=memory_gb, plans_name=plans_name)
         self.UNet_base_num_features = features
-        self.UNet_max_features_2d = self.UNet_max_features_3d = 8 * features
-        # No stage deeper than 8 voxels: such stages cost little on a GPU, but much on a CPU for what they add.
-        self.UNet_featuremap_min_edge_length = 8
+        self.UNet_max_features_2d = self.UNet_max_features_3d = 16 * features
 
     def get_plans_for_configuration(self, spacing, *args, **kwargs):
         plan = super().get_plans_for_configuration(spacing, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 
 from nnunet_semiseg.trainers.options import parse_suffix
@@ -12,8 +13,14 @@ TRAINERS = {
     "nnUNetTrainerCoraNet": "nnunet_semiseg.trainers.coranet",
 }
 
-_VARIANTS_MODULE = "nnunet_semiseg.trainers.variants"
 _found: dict[str, type] = {}
+
+
+class _Variant(type):
+    """The type of classes made from a name with options; pickled as that name, which stands in no module."""
+
+
+copyreg.pickle(_Variant, lambda variant: (find_trainer, (variant.__name__,)))
 
 
 def trainer_classes() -> dict[str, type]:
@@ -42,13 +49,11 @@ def find_trainer(name: str) -> type | None:
             _found[name] = base
         else:
             chosen, schedule = parse_suffix(name[len(base_name) :], base.Options)
-            # The module of variants resolves the name again on import, so that instances can be pickled into another
-            # process.
-            _found[name] = type(
+            _found[name] = _Variant(
                 name,
                 (base,),
                 {
-                    "__module__": _VARIANTS_MODULE,
+                    "__module__": base.__module__,
                     "__doc__": base.__doc__,
                     "chosen_options": {**base.chosen_options, **chosen},
                     "chosen_schedule": {**base.chosen_schedule, **schedule},

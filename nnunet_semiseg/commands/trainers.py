@@ -1,0 +1,77 @@
+"""``nnunet_semiseg trainers``: the trainers and their options, read off the classes."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+
+from nnunet_semiseg.trainers.options import ScheduleOptions, described
+from nnunet_semiseg.trainers.registry import trainer_classes
+
+_COLUMNS = ("name", "type", "default", "valid", "meaning")
+
+
+def add_arguments(parser):
+    parser.add_argument("names", nargs="*", metavar="TRAINER", help="only these trainers")
+    parser.add_argument("--markdown", action="store_true", help="as in docs/trainers.md")
+
+
+def run(args) -> None:
+    trainers = trainer_classes()
+    unknown = [name for name in args.names if name not in trainers]
+    if unknown:
+        raise ValueError(f"There is no trainer {unknown[0]}. There are {', '.join(trainers)}")
+    chosen = {name: cls for name, cls in trainers.items() if name in args.names or not args.names}
+    print(markdown(chosen) if args.markdown else plain(chosen), end="")
+
+
+def _summary(trainer) -> str:
+    return inspect.getdoc(trainer).split("\n\n")[0].replace("\n", " ")
+
+
+def _presets(options_class) -> str:
+    presets = getattr(options_class, "PRESETS", {})
+    return "".join(
+        f"`preset={name}`: {', '.join(f'`{k}={v}`' for k, v in values.items())}.\n\n" for name, values in presets.items()
+    )
+
+
+def _markdown_table(options_class) -> str:
+    def cell(text):
+        return text.replace("|", "\\|")
+
+    rows = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
+    for row in described(options_class):
+        rows.append("| " + " | ".join(cell(f"`{row[c]}`" if c in ("name", "default") else row[c]) for c in _COLUMNS) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def markdown(trainers: dict) -> str:
+    """The page docs/trainers.md."""
+    parts = [
+        "# Trainers\n\nMade by `nnunet_semiseg trainers --markdown`; do not edit by hand.\n\nAn option is set in the "
+        "trainer's name: `-tr nnUNetTrainerCoraNet_100epochs_alpha=10`.\n"
+    ]
+    for name, trainer in trainers.items():
+        parts.append(
+            f"\n## {name}\n\n{inspect.getdoc(trainer)}\n\n{_presets(trainer.Options)}{_markdown_table(trainer.Options)}"
+        )
+    parts.append(f"\n## Every trainer: nnU-Net's schedule\n\n{_markdown_table(ScheduleOptions)}")
+    return "".join(parts)
+
+
+def plain(trainers: dict) -> str:
+    """The table as printed on a terminal."""
+    def table(options_class):
+        rows = described(options_class)
+        widths = {c: max(len(row[c]) for row in rows) for c in _COLUMNS[:-1]}
+        return "".join(
+            "  " + "  ".join(row[c].ljust(widths[c]) for c in _COLUMNS[:-1]) + "  " + row["meaning"] + "\n" for row in rows
+        )
+
+    parts = []
+    for name, trainer in trainers.items():
+        parts.append(f"{name}\n{textwrap.indent(textwrap.fill(_summary(trainer), 100), '  ')}\n\n{table(trainer.Options)}")
+    parts.append(f"Every trainer, nnU-Net's schedule (the defaults are nnU-Net's)\n\n{table(ScheduleOptions)}")
+    parts.append("\nSet options in the name: -tr nnUNetTrainerCoraNet_100epochs_alpha=10\n")
+    return "\n".join(parts)

@@ -1,0 +1,144 @@
+"""Tiny nnU-Net datasets, planned and preprocessed by nnU-Net itself, and trainers on them."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# Before torch is imported anywhere: no augmentation processes, no compilation, one thread.
+os.environ.update(nnUNet_n_proc_DA="0", nnUNet_compile="f", nnUNet_def_n_proc="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+os.environ.pop("nnUNet_wandb_enabled", None)
+
+import SimpleITK as sitk  # noqa: E402
+import torch  # noqa: E402
+
+from nnunet_semiseg import cli  # noqa: E402
+
+torch.set_num_threads(1)
+
+LABELS = {"background": 0, "ball": 1, "core": 2}
+DATASETS = {
+    "labels": (801, LABELS, None),
+    "regions": (802, {"background": 0, "whole": [1, 2], "core": 2}, [1, 2]),
+    "ignore": (803, {**LABELS, "ignore": 3}, None),
+    "regions_ignore": (804, {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2]),
+}
+
+
+def make_case(seed, shape=(16, 26, 24), ignore=False):
+    """A noisy volume with a ball that has a core, and its label map."""
+    random = np.random.RandomState(seed)
+    center = [s / 2 + random.uniform(-2, 2) for s in shape]
+    distance = np.sqrt(sum((np.arange(s).reshape([-1 if i == d else 1 for i in range(3)]) - c) ** 2
+                           for d, (s, c) in enumerate(zip(shape, center))))
+    labels = (distance < 7).astype(np.uint8) + (distance < 4)
+    image = 100 + 50.0 * labels + random.normal(0, 8, shape)
+    if ignore:
+        labels[:, :, :3] = 3
+    return image.astype(np.float32), labels.astype(np.uint8)
+
+
+def write_image(array, file, spacing=(1.0, 1.0, 1.0)):
+    """(Z, Y, X) array as an image with spacing in mm, x first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    sitk.WriteImage(image, str(file))
+
+
+def write_raw_dataset(folder, labels, regions_order=None, num_labeled=6, num_unlabeled=4):
+    ignore = "ignore" in labels
+    for i in range(num_labeled):
+        image, segmentation = make_case(i, ignore=ignore)
+        write_image(image, folder / "imagesTr" / f"lab_{i:02d}_0000.nii.gz")
+        write_image(segmentation, folder / "labelsTr" / f"lab_{i:02d}.nii.gz")
+    for i in range(num_unlabeled):
+        write_image(make_case(100 + i)[0], folder / "imagesUn" / f"unl_{i:02d}_0000.nii.gz")
+    description = dict(channel_names={"0": "MRI"}, labels=labels, numTraining=num_labeled, file_ending=".nii.gz")
+    if regions_order:
+        description["regions_class_order"] = regions_order
+    (folder / "dataset.json").write_text(json.dumps(description))
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """nnU-Net's three folders."""
+    root = tmp_path_factory.mktemp("nnunet")
+    for name in ("raw", "preprocessed", "results"):
+        (root / name).mkdir()
+        os.environ[f"nnUNet_{name}"] = str(root / name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def prepared(work):
+    """``prepared(kind)``: the name of a dataset that is planned and preprocessed, 2d and 3d_fullres."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
+
+    done = {}
+
+    def prepare(kind):
+        if kind not in done:
+            number, labels, order = DATASETS[kind]
+            name = f"Dataset{number}_{kind}"
+            write_raw_dataset(work / "raw" / name, labels, order)
+            extract_fingerprint_dataset(number, num_processes=1, show_progress_bar=False, verbose=False)
+            # nnU-Net's planner takes this number for a number of threads, and 0 is none.
+            os.environ["nnUNet_n_proc_DA"] = "1"
+            assert cli.main(["plan_cpu", "-d", str(number), "-features", "4", "-memory", "0.01"]) == 0
+            os.environ["nnUNet_n_proc_DA"] = "0"
+            preprocess_dataset(number, "nnUNetPlans_cpu", ("2d", "3d_fullres"), (1, 1), show_progress_bar=False)
+            assert cli.main(["preprocess", "-d", str(number), "-p", "nnUNetPlans_cpu", "-np", "1"]) == 0
+            split = [{"train": ["lab_00", "lab_01", "lab_02"], "val": ["lab_05"], "unlabeled": ["lab_03", "lab_04"]}]
+            (work / "preprocessed" / name / "splits_final.json").write_text(json.dumps(split))
+            done[kind] = name
+        return done[kind]
+
+    return prepare
+
+
+SHORT = "_2epochs_num_iterations_per_epoch=3_num_val_iterations_per_epoch=1_save_every=1_seed=7"
+
+
+@pytest.fixture
+def make_trainer(prepared, monkeypatch):
+    """``make_trainer(name, kind, configuration)``: a trainer made as nnUNetv2_train makes it."""
+    from nnunetv2.run.run_training import get_trainer_from_args
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+    # nnU-Net's own figure takes seconds.
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
+
+    def make(name, kind="labels", configuration="2d", fold=0, continue_training=False):
+        return get_trainer_from_args(
+            prepared(kind), configuration, fold, name, "nnUNetPlans_cpu", continue_training, torch.device("cpu")
+        )
+
+    return make
+
+
+@pytest.fixture
+def started(make_trainer):
+    """A trainer after ``on_train_start``."""
+
+    def start(*args, **kwargs):
+        trainer = make_trainer(*args, **kwargs)
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        return trainer
+
+    return start
+
+
+def train_steps(trainer, steps):
+    for _ in range(steps):
+        trainer.train_step(next(trainer.dataloader_train))
+
+
+def flat(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent

@@ -1,0 +1,435 @@
+"""The semi-supervised frame: what holds for every trainer, and Mean Teacher's equation."""
+
+import csv
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, flat, train_steps
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_semiseg import checkpoints
+from nnunet_semiseg.data.randomness import seed_everything
+from nnunet_semiseg.data.views import fix_transform_arithmetic
+from nnunet_semiseg.networks.ema import unwrap
+from nnunet_semiseg.trainers.base import MAX_NON_FINITE_STEPS, Term, Unlabeled
+from nnunet_semiseg.trainers.registry import TRAINERS
+
+ALL_KINDS = ["labels", "regions", "ignore", "regions_ignore"]
+# Unlabeled data from the first step on.
+FROM_START = {"nnUNetTrainerMeanTeacher": "_warm_up=0", "nnUNetTrainerCoraNet": "_pretraining=0_relabel_every=2"}
+
+
+def short(name):
+    return name + FROM_START[name] + SHORT
+
+
+class SeededStockTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with the seed and the schedule of the tests, and nothing else."""
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 3, 1
+
+    def initialize(self):
+        seed_everything(7)
+        super().initialize()
+
+    def on_train_start(self):
+        super().on_train_start()
+        fix_transform_arithmetic(self.dataloader_train.data_loader.transforms)
+
+
+def stock_trainer(make_trainer, kind, configuration):
+    plain = make_trainer("nnUNetTrainer", kind, configuration)
+    kwargs = {**plain.my_init_kwargs}
+    kwargs["plans"] = {**kwargs["plans"], "continue_training": False}
+    return SeededStockTrainer(**kwargs)
+
+
+@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("labels", "3d_fullres"), ("regions_ignore", "2d")])
+def test_weight_zero_equals_stock_trainer_bit_for_bit(make_trainer, started, kind, configuration):
+    ours = started(f"nnUNetTrainerMeanTeacher_consistency_weight=0{SHORT}", kind, configuration)
+    train_steps(ours, 5)
+    stock = stock_trainer(make_trainer, kind, configuration)
+    stock.on_train_start()
+    stock.on_train_epoch_start()
+    train_steps(stock, 5)
+    assert torch.equal(flat(ours.network), flat(stock.network))
+
+
+def test_unlabeled_half_leaves_the_labeled_stream_alone(started):
+    streams, weights = [], []
+    for name in (f"nnUNetTrainerMeanTeacher_consistency_weight=0{SHORT}", *map(short, TRAINERS)):
+        trainer = started(name)
+        batches = []
+        for _ in range(3):
+            batch = next(trainer.dataloader_train)
+            batches.append(batch["data"].clone())
+            trainer.train_step(batch)
+        streams.append(torch.cat(batches))
+        weights.append(flat(trainer.network))
+    for stream, network in zip(streams[1:], weights[1:]):
+        assert torch.equal(stream, streams[0])
+        assert not torch.equal(network, weights[0])
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_every_trainer_learns_from_both_halves(started, name, kind, configuration):
+    trainer = started(short(name), kind, configuration)
+    before = flat(trainer.network).clone()
+    train_steps(trainer, 3)
+    assert trainer._non_finite_total == 0
+    assert torch.isfinite(flat(trainer.network)).all()
+    assert not torch.equal(before, flat(trainer.network))
+    assert {"consistency", "consistency_weight"} <= set(trainer._epoch_sums)
+    assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_unsupervised_terms_reach_the_student_and_not_the_teacher(started, name):
+    trainer = started(short(name), "labels", "2d")
+    train_steps(trainer, 1)
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    trainer._unlabeled_keys = []
+    trainer._pool = []
+    trainer.global_step = 0
+    batch = trainer.next_unlabeled()
+    if isinstance(batch, dict):
+        # Both regions have voxels.
+        batch["certain"] = torch.rand(batch["certain"].shape) < 0.5
+    terms = trainer.unsupervised_loss(batch)
+    assert terms
+    for term_name, term in terms.items():
+        assert term.value.requires_grad, term_name
+        trainer.optimizer.zero_grad(set_to_none=True)
+        term.value.backward(retain_graph=True)
+        gradient = torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None])
+        assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0, term_name
+        assert all(p.grad is None for p in trainer.teacher.parameters()), term_name
+
+
+def test_mean_teacher_loss_is_its_equation(started):
+    trainer = started("nnUNetTrainerMeanTeacher_warm_up=0_ramp_up=0.5_noise=0_consistency_weight=0.3" + SHORT)
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    trainer.global_step = 1
+    x = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
+    y = x + 0.1
+    terms = trainer.unsupervised_loss(Unlabeled(weak=x, strong=y))
+    with torch.no_grad():
+        student = trainer.network(y)[0].softmax(1)
+        teacher = trainer.teacher(x)[0].softmax(1)
+    total = 0.0
+    for s, t in zip(student.flatten().tolist(), teacher.flatten().tolist()):
+        total += (s - t) ** 2
+    assert float(terms["consistency"].value.detach()) == pytest.approx(total / student.numel(), rel=1e-4)
+    # s = (1 / 6) / 0.5 of the ramp.
+    assert terms["consistency"].weight == pytest.approx(0.3 * np.exp(-5 * (1 - 1 / 3) ** 2))
+
+
+def test_teacher_sees_clamped_noise(started):
+    trainer = started("nnUNetTrainerMeanTeacher_warm_up=0_noise=0.5_student_view=weak" + SHORT)
+    seen = {}
+    trainer.teacher_network = lambda x: seen.setdefault("teacher", x) * trainer.network(x)[0][:, :1]
+    x = torch.zeros(2, 1, *trainer.configuration_manager.patch_size)
+    trainer.unsupervised_loss(Unlabeled(weak=x, strong=x + 1))
+    noise = seen["teacher"]
+    assert noise.abs().max() == 1.0
+    assert 0.4 < float(noise.std()) < 0.5
+    assert (noise == 1.0).float().mean() == pytest.approx(0.0228, abs=0.01)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_joint_backward_gives_the_same_gradients(started, name):
+    weights = []
+    for joint in ("false", "true"):
+        trainer = started(f"{name}{FROM_START[name]}_joint_backward={joint}{SHORT}")
+        train_steps(trainer, 2)
+        weights.append(flat(trainer.network))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_hidden_labels_change_nothing(started, name, prepared, work):
+    """Sentinels in the hidden cases' segmentations and class locations: same batches, same weights."""
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    dataset = prepared("labels")
+    folder = work / "preprocessed" / dataset / "nnUNetPlans_cpu_2d"
+
+    def run():
+        trainer = started(f"{name}{FROM_START[name]}_num_iterations_per_epoch=6_seed=7")
+        assert {"lab_03", "lab_04"} <= set(trainer.dataloader_unlabeled.data_loader._data.identifiers)
+        keys, batches = set(), []
+        original = trainer.draw_unlabeled
+
+        def draw():
+            batch = original()
+            keys.update(batch["keys"])
+            batches.append(batch["strong"].clone())
+            return batch
+
+        trainer.draw_unlabeled = draw
+        train_steps(trainer, 6)
+        return flat(trainer.network), torch.cat(batches), keys
+
+    honest = run()
+    assert honest[2] & {"lab_03", "lab_04"}
+    originals = {}
+    try:
+        for case in ("lab_03", "lab_04"):
+            for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
+                originals[case + suffix] = (folder / (case + suffix)).read_bytes()
+            data, segmentation, _, properties = nnUNetDatasetBlosc2(str(folder)).load_case(case)
+            data, segmentation = data[:], np.full_like(segmentation[:], 999)
+            locations = {1: np.zeros((1, 4), int), 2: np.zeros((1, 4), int)}
+            for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
+                (folder / (case + suffix)).unlink()
+            nnUNetDatasetBlosc2.save_case(
+                data, segmentation, {**properties, "class_locations": locations}, str(folder / case),
+                chunks=data.shape, blocks=data.shape,
+            )
+        sentinel = run()
+    finally:
+        for file, content in originals.items():
+            (folder / file).write_bytes(content)
+    assert torch.equal(honest[1], sentinel[1])
+    assert torch.equal(honest[0], sentinel[0])
+
+
+class Killed(BaseException):
+    pass
+
+
+def run_until(trainer, epoch):
+    """Train, and stop as hard as a signal would at the start of an epoch."""
+    original = trainer.on_epoch_start
+
+    def stop():
+        if trainer.current_epoch == epoch:
+            raise Killed
+        original()
+
+    trainer.on_epoch_start = stop
+    with pytest.raises(Killed):
+        trainer.run_training()
+
+
+def state_of(trainer):
+    return {
+        "student": trainer.network.state_dict(),
+        "companions": trainer.companions.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "log": {k: v for k, v in trainer.logger.local_logger.my_fantastic_logging.items() if "timestamp" not in k},
+        "step": trainer.global_step,
+        "unlabeled random": trainer.random_stream.state(),
+        "global random": (torch.get_rng_state(), np.random.get_state()[1]),
+    }
+
+
+def assert_same(a, b, where=""):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        np.testing.assert_array_equal(a, b, err_msg=where)
+
+
+@pytest.mark.parametrize(
+    "name, kind, configuration",
+    [(name, "labels", "2d") for name in TRAINERS]
+    + [(name, "regions", "3d_fullres") for name in TRAINERS]
+    + [("nnUNetTrainerMeanTeacher_predict_with=teacher_unlabeled_foreground_sampling=0.5_warm_up=0", "labels", "2d"),
+       ("nnUNetTrainerCoraNet_preset=code_pretraining=0.4", "labels", "2d")],
+)
+def test_restart_continues_bit_for_bit(make_trainer, name, kind, configuration):
+    name = name + SHORT if name not in TRAINERS else short(name)
+    whole = make_trainer(name, kind, configuration)
+    whole.run_training()
+    expected = state_of(whole)
+
+    run_until(make_trainer(name, kind, configuration), epoch=1)
+    resumed = make_trainer(name, kind, configuration, continue_training=True)
+    latest = Path(resumed.output_folder) / "checkpoint_latest.pth"
+    resumed.load_checkpoint(str(latest))
+    assert resumed.current_epoch == 1
+    resumed.run_training()
+    assert_same(expected, state_of(resumed))
+    assert not latest.exists()
+    assert (Path(resumed.output_folder) / "checkpoint_final.pth").is_file()
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_checkpoint_is_a_plain_one_with_our_state_beside(make_trainer, name):
+    trainer = make_trainer(short(name))
+    run_until(trainer, epoch=1)
+    checkpoint = checkpoints.read(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    plain = nnUNetTrainer.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, trainer.label_manager.num_segmentation_heads, False
+    )
+    plain.load_state_dict(checkpoint["network_weights"], strict=True)
+    state = checkpoint["semiseg_state"]
+    assert any(key.startswith("teacher.module.") for key in state["companions"])
+    assert state["predicts"] == "student"
+    assert state["options"]["seed"] == 7
+
+
+def test_predict_with_teacher_puts_the_teacher_into_network_weights(make_trainer):
+    trainer = make_trainer("nnUNetTrainerMeanTeacher_predict_with=teacher" + SHORT)
+    run_until(trainer, epoch=1)
+    for file in ("checkpoint_latest.pth", "checkpoint_best.pth"):
+        checkpoint = checkpoints.read(Path(trainer.output_folder) / file)
+        for key, value in trainer.teacher.module.state_dict().items():
+            assert torch.equal(checkpoint["network_weights"][key], value)
+        assert torch.equal(checkpoint["semiseg_state"]["student"]["decoder.seg_layers.0.weight"],
+                           trainer.network.decoder.seg_layers[0].weight)
+        assert checkpoint["semiseg_state"]["predicts"] == "teacher"
+    assert trainer.predicting_network() is trainer.teacher.module
+
+
+def test_non_finite_term_skips_the_step_and_many_abort_with_the_cases(started):
+    trainer = started(short("nnUNetTrainerMeanTeacher"))
+    train_steps(trainer, 1)
+    before = flat(trainer.network).clone(), flat(trainer.teacher).clone()
+    poison = Term(torch.tensor(float("nan")), 1.0)
+    original = trainer.unsupervised_loss
+    trainer.unsupervised_loss = lambda batch: {**original(batch), "poison": poison}
+    train_steps(trainer, MAX_NON_FINITE_STEPS - 1)
+    assert torch.equal(before[0], flat(trainer.network)) and torch.equal(before[1], flat(trainer.teacher))
+    assert trainer._non_finite_total == MAX_NON_FINITE_STEPS - 1
+    with pytest.raises(RuntimeError, match=r"poison.*lab_0\d.*(unl|lab)_0\d"):
+        train_steps(trainer, 1)
+
+
+def test_log_csv_and_figure_have_every_epoch(make_trainer):
+    trainer = make_trainer(short("nnUNetTrainerCoraNet"))
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    rows = list(csv.DictReader((folder / "progress_semiseg.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    wanted = {"supervised", "conservative", "radical", "certain", "certain_weight", "consistency", "consistency_weight",
+              "certain_voxels", "student_val_dice", "teacher_val_dice", "non_finite_steps"}
+    assert wanted <= set(rows[0])
+    assert 0 <= float(rows[1]["certain_voxels"]) <= 1
+    assert (folder / "progress_semiseg.png").stat().st_size > 5000
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert "Semi-supervised: supervised" in log and "The student predicts" in log
+    logged = trainer.logger.local_logger.my_fantastic_logging
+    assert len(logged["semiseg/certain"]) == len(logged["train_losses"]) == 2
+
+
+def test_terms_go_to_nnunets_other_loggers(make_trainer):
+    trainer = make_trainer(short("nnUNetTrainerMeanTeacher"))
+    seen = []
+
+    class Other:
+        def update_config(self, config): ...
+        def log_summary(self, key, value): ...
+        def log(self, key, value, step):
+            seen.append((key, step))
+
+    trainer.logger.loggers.append(Other())
+    trainer.run_training()
+    assert {("semiseg/consistency", 0), ("semiseg/teacher_val_dice", 1)} <= set(seen)
+
+
+def test_validation_dice_is_of_the_network_that_predicts(started):
+    trainer = started("nnUNetTrainerMeanTeacher_predict_with=teacher" + SHORT, "regions_ignore")
+    train_steps(trainer, 2)
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        batch = next(trainer.dataloader_val)
+        target = [t.clone() for t in batch["target"]]
+        output = trainer.validation_step(batch)
+        assert all(torch.equal(a, b) for a, b in zip(target, batch["target"]))
+        with trainer._as_network(trainer.teacher.module):
+            expected = nnUNetTrainer.validation_step(trainer, batch)
+    assert np.array_equal(output["tp_hard"], expected["tp_hard"])
+    assert "student_tp_hard" in output
+
+
+def test_foreground_sampling_centers_crops_on_predicted_foreground(started):
+    trainer = started("nnUNetTrainerMeanTeacher_warm_up=0_unlabeled_foreground_sampling=1" + SHORT)
+    dataset = trainer.dataloader_unlabeled.data_loader._data
+    assert trainer.foreground_locations, "filled at the start of the epoch"
+    for case in dataset.identifiers:
+        # Claim that the network saw foreground in one voxel only.
+        trainer.foreground_locations[case] = {1: np.array([[0, 8, 12, 11]], dtype=np.int32)}
+    dataset.locations.write(trainer.foreground_locations)
+    loader = trainer.dataloader_unlabeled.data_loader
+    for case in dataset.identifiers[:3]:
+        data, _, _, properties = dataset.load_case(case)
+        lower, upper = loader.get_bbox(data.shape[1:], True, properties["class_locations"])
+        assert all(low <= voxel < up for low, voxel, up in zip(lower[1:], (12, 11), upper[1:]))
+    assert loader.oversample_foreground_percent == 1
+
+
+def test_foreground_locations_are_what_the_network_predicts(started):
+    trainer = started("nnUNetTrainerMeanTeacher_warm_up=0_unlabeled_foreground_sampling=1" + SHORT)
+    with torch.no_grad():
+        # A network that calls everything class 2.
+        trainer.network.decoder.seg_layers[-1].weight.zero_()
+        trainer.network.decoder.seg_layers[-1].bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
+    trainer._refresh_foreground_locations()
+    assert trainer.foreground_locations
+    for by_class in trainer.foreground_locations.values():
+        assert set(by_class) == {2}
+        assert by_class[2].shape[1] == 4 and not by_class[2][:, 0].any()
+
+
+def test_cascade_is_refused_at_start_with_the_way_out(make_trainer, prepared, work):
+    file = work / "preprocessed" / prepared("labels") / "nnUNetPlans_cpu.json"
+    original = file.read_text()
+    plans = json.loads(original)
+    plans["configurations"]["3d_lowres"] = {"inherits_from": "3d_fullres", "next_stage": "3d_cascade_fullres"}
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    file.write_text(json.dumps(plans))
+    try:
+        with pytest.raises(NotImplementedError, match="3d_lowres or 3d_fullres"):
+            make_trainer("nnUNetTrainerMeanTeacher", configuration="3d_cascade_fullres")
+    finally:
+        file.write_text(original)
+
+
+def test_all_as_fold_trains(started):
+    trainer = started(short("nnUNetTrainerMeanTeacher"), fold="all")
+    assert trainer.dataloader_unlabeled.data_loader._data.identifiers == [f"unl_{i:02d}" for i in range(4)]
+    train_steps(trainer, 1)
+
+
+def test_residual_encoder_plans(started, make_trainer, prepared, work):
+    """CoraNet's heads read the features of a ResEnc U-Net as well."""
+    file = work / "preprocessed" / prepared("labels") / "nnUNetPlans_cpu.json"
+    original = file.read_text()
+    plans = json.loads(original)
+    architecture = plans["configurations"]["2d"]["architecture"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    architecture["arch_kwargs"]["n_blocks_per_stage"] = architecture["arch_kwargs"].pop("n_conv_per_stage")
+    file.write_text(json.dumps(plans))
+    try:
+        trainer = started(short("nnUNetTrainerCoraNet"))
+        assert type(unwrap(trainer.network)).__name__ == "ResidualEncoderUNet"
+        train_steps(trainer, 2)
+    finally:
+        file.write_text(original)
+
+
+def test_an_initialized_trainer_has_no_unpicklable_options(make_trainer):
+    trainer = make_trainer(short("nnUNetTrainerCoraNet"))
+    assert pickle.loads(pickle.dumps(trainer.options)) == trainer.options

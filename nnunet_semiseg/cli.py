@@ -20,7 +20,6 @@ COMMANDS = {
 }
 
 
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command; returns the exit code: 0, or 1 after an error, which is printed in one line."""
     parser = argparse.ArgumentParser(prog="nnunet_semiseg", description="Semi-supervised segmentation on nnU-Net v2.")

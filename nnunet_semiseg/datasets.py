@@ -69,9 +69,10 @@ class Dataset:
     def plans(self, plans_name: str) -> PlansManager:
         file = self.preprocessed / f"{plans_name}.json"
         if not file.is_file():
+            there = ", ".join(sorted(p.stem for p in self.preprocessed.glob("*Plans*.json")))
             raise FileNotFoundError(
-                f"{file} is missing. Plan first: nnUNetv2_plan_and_preprocess -d {self.name}"
-                f" (plans are called {', '.join(sorted(p.stem for p in self.preprocessed.glob('*Plans*.json'))) or '-'})"
+                f"{file} is missing. {f'Choose other plans with -p: {there}' if there else 'Plan first'}, or run "
+                f"nnUNetv2_plan_and_preprocess -d {self.name}"
             )
         return PlansManager(str(file))
 
@@ -92,25 +93,33 @@ class Dataset:
         """
         path = self.raw / folder
         if not path.is_dir():
-            raise FileNotFoundError(f"{path} is missing. Put the unlabeled images there, named CASE_0000{self.file_ending}")
+            raise FileNotFoundError(
+                f"{path} is missing. Put the unlabeled images there, named CASE_0000{self.file_ending}"
+            )
         files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
         wrong = [p for p in files if not p.name.endswith(self.file_ending)]
         if wrong:
-            raise CaseError(f"{wrong[0]} does not end in {self.file_ending}, as dataset.json says. Convert or remove it")
+            raise CaseError(
+                f"{wrong[0]} does not end in {self.file_ending}, as dataset.json says. Convert or remove it"
+            )
         cases: dict[str, list[Path]] = {}
         for file in files:
             case, channel = file.name[: -len(self.file_ending)].rpartition("_")[::2]
             if not case or len(channel) != 4 or not channel.isdigit():
-                raise CaseError(f"{file} is not named CASE_0000{self.file_ending} (four digits for the channel). Rename it")
+                raise CaseError(
+                    f"{file} is not named CASE_0000{self.file_ending} (four digits for the channel). Rename it"
+                )
             cases.setdefault(case, []).append(file)
         if not cases:
-            raise FileNotFoundError(f"{path} holds no images. Put the unlabeled ones there, named CASE_0000{self.file_ending}")
+            raise FileNotFoundError(
+                f"{path} holds no images. Put the unlabeled ones there, named CASE_0000{self.file_ending}"
+            )
         for case, channels in cases.items():
             expected = [f"{case}_{i:04d}{self.file_ending}" for i in range(self.num_channels)]
             if [p.name for p in channels] != expected:
                 raise CaseError(
-                    f"Case {case} in {path} has the channels {', '.join(p.name for p in channels)}, but the dataset has "
-                    f"{self.num_channels}: {', '.join(expected)}"
+                    f"Case {case} in {path} has the channels {', '.join(p.name for p in channels)}, but the dataset "
+                    f"has {self.num_channels}: {', '.join(expected)}"
                 )
         return cases
 
@@ -162,8 +171,8 @@ def read_images(files: list[Path], plans: PlansManager, num_channels: int) -> tu
         raise CaseError(f"{files[0]} cannot be read ({reason}). Copy or convert it again, or remove it") from None
     if len(data) != num_channels:
         raise CaseError(
-            f"{files[0]} holds {len(data)} volumes instead of one (a 4D image?). Split it into one file for each channel "
-            "or time point"
+            f"{files[0]} holds {len(data)} volumes instead of one (a 4D image?). Split it into one file for each "
+            "channel or time point"
         )
     for channel, file in zip(data, files):
         bad = int(channel.size - np.isfinite(channel).sum())

@@ -70,4 +70,3 @@ class LabelAdapter:
         if self.has_regions:
             return torch.cat((hard, ~mask), 1)
         return torch.where(mask, hard, self.num_outputs)
-

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 # Before torch is imported anywhere: no augmentation processes, no compilation, one thread.
-os.environ.update(nnUNet_n_proc_DA="0", nnUNet_compile="f", nnUNet_def_n_proc="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+os.environ.update(
+    nnUNet_n_proc_DA="0", nnUNet_compile="f", nnUNet_def_n_proc="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
+)
 os.environ.pop("nnUNet_wandb_enabled", None)
 
 import SimpleITK as sitk  # noqa: E402
@@ -31,8 +33,12 @@ def make_case(seed, shape=(16, 26, 24), ignore=False):
     """A noisy volume with a ball that has a core, and its label map."""
     random = np.random.RandomState(seed)
     center = [s / 2 + random.uniform(-2, 2) for s in shape]
-    distance = np.sqrt(sum((np.arange(s).reshape([-1 if i == d else 1 for i in range(3)]) - c) ** 2
-                           for d, (s, c) in enumerate(zip(shape, center))))
+    distance = np.sqrt(
+        sum(
+            (np.arange(s).reshape([-1 if i == d else 1 for i in range(3)]) - c) ** 2
+            for d, (s, c) in enumerate(zip(shape, center))
+        )
+    )
     labels = (distance < 7).astype(np.uint8) + (distance < 4)
     image = 100 + 50.0 * labels + random.normal(0, 8, shape)
     if ignore:

@@ -71,8 +71,8 @@ def _check_versions(report: Report) -> None:
         import torchvision  # noqa: F401  (fails to import where it does not match torch)
     except Exception as error:
         report.problem(
-            f"torch {_version('torch')} and torchvision {_version('torchvision')} do not work together ({error}); nnU-Net's "
-            "search for trainers fails then",
+            f"torch {_version('torch')} and torchvision {_version('torchvision')} do not work together ({error}); "
+            "nnU-Net's search for trainers fails then",
             "pip install --upgrade --force-reinstall torch torchvision (both at once, from the same source)",
         )
         return
@@ -88,7 +88,9 @@ def _check_folders(report: Report) -> None:
         elif not os.path.isdir(value):
             report.problem(f"{name} is {value}, which is not a folder", f"mkdir -p {value}")
         elif not os.access(value, os.W_OK) and name != "nnUNet_raw":
-            report.problem(f"{name} is {value}, which you cannot write to", "choose another folder or mend its permissions")
+            report.problem(
+                f"{name} is {value}, which you cannot write to", "choose another folder or mend its permissions"
+            )
         else:
             report.ok(f"{name} = {value}")
 
@@ -102,7 +104,7 @@ def _check_discovery(report: Report) -> None:
 
     if DISCOVERY_FOLDER not in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep):
         report.problem(
-            "nnU-Net's search path nnUNet_extTrainer does not name this package (the file nnunet_semiseg.pth did not run)",
+            "nnUNet_extTrainer, where nnU-Net searches, does not name this package (nnunet_semiseg.pth did not run)",
             f"pip install --force-reinstall --no-deps nnunet-semiseg, or export nnUNet_extTrainer={DISCOVERY_FOLDER}",
         )
         return
@@ -197,8 +199,10 @@ def _check_images(report: Report, dataset, images: dict) -> None:
     usual = set(orientations["imagesTr"].values())
     for case, orientation in orientations["imagesUn"].items():
         if usual and orientation not in usual:
-            report.warn(f"imagesUn/{case}: orientation {orientation}, labeled cases are {', '.join(map(str, usual))}",
-                        "reorient the file: nnU-Net does not")
+            report.warn(
+                f"imagesUn/{case}: orientation {orientation}, labeled cases are {', '.join(map(str, usual))}",
+                "reorient the file: nnU-Net does not",
+            )
     if len(statistics["imagesTr"]) < 2:
         return
     labeled = np.asarray(list(statistics["imagesTr"].values()))

@@ -14,7 +14,9 @@ _KEEP = ("network_weights", "inference_allowed_mirroring_axes")
 
 
 def add_arguments(parser):
-    parser.add_argument("-i", required=True, help="model folder: <nnUNet_results>/<Dataset>/<Trainer>__<Plans>__<Config>")
+    parser.add_argument(
+        "-i", required=True, help="model folder: <nnUNet_results>/<Dataset>/<Trainer>__<Plans>__<Config>"
+    )
     parser.add_argument("-o", required=True, help="folder to write; with --zip, the archive")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint (default %(default)s)")
     parser.add_argument("--zip", action="store_true", help="write a zip for nnUNetv2_install_pretrained_model_from_zip")
@@ -28,11 +30,15 @@ def run(args) -> None:
         raise FileExistsError(f"{target} exists. Remove it, or export to another name")
     for name in ("plans.json", "dataset.json"):
         if not (source / name).is_file():
-            raise FileNotFoundError(f"{source} has no {name}, so it is not a model folder. Give the folder above fold_0")
+            raise FileNotFoundError(
+                f"{source} has no {name}, so it is not a model folder. Give the folder above fold_0"
+            )
     folds = sorted(path for path in source.glob("fold_*") if (path / args.chk).is_file())
     if not folds:
         found = sorted({str(p.relative_to(source)) for p in source.glob("fold_*/checkpoint_*.pth")})
-        raise FileNotFoundError(f"No fold of {source} has {args.chk}. It has {', '.join(found) or 'no checkpoint'}; see -chk")
+        raise FileNotFoundError(
+            f"No fold of {source} has {args.chk}. It has {', '.join(found) or 'no checkpoint'}; see -chk"
+        )
     # Everything is read before anything is written.
     exported = {fold.name: plain_checkpoint(fold / args.chk) for fold in folds}
     temporary = target.with_name(target.name + ".tmp")
@@ -61,8 +67,10 @@ def run(args) -> None:
     if args.zip:
         print(f"Install elsewhere: nnUNetv2_install_pretrained_model_from_zip {target}")
     else:
-        print(f"Predict anywhere: nnUNetv2_predict_from_modelfolder -i IMAGES -o OUT -m {target}"
-              f" -f {' '.join(f.removeprefix('fold_') for f in exported)}")
+        print(
+            f"Predict anywhere: nnUNetv2_predict_from_modelfolder -i IMAGES -o OUT -m {target}"
+            f" -f {' '.join(f.removeprefix('fold_') for f in exported)}"
+        )
 
 
 def plain_checkpoint(file: Path) -> dict:

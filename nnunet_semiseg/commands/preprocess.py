@@ -25,11 +25,19 @@ _SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 
 def add_arguments(parser):
     parser.add_argument("-d", required=True, help="dataset id or name")
-    parser.add_argument("-c", nargs="+", default=["2d", "3d_fullres", "3d_lowres"],
-                        help="configurations (default: those of 2d, 3d_fullres, 3d_lowres that are in the plans)")
+    parser.add_argument(
+        "-c",
+        nargs="+",
+        default=["2d", "3d_fullres", "3d_lowres"],
+        help="configurations (default: those of 2d, 3d_fullres, 3d_lowres that are in the plans)",
+    )
     parser.add_argument("-p", "-plans_name", default="nnUNetPlans", help="plans (default %(default)s)")
-    parser.add_argument("-np", type=int, default=min(default_num_processes, os.cpu_count()),
-                        help="processes; each holds one case in memory (default %(default)s)")
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=min(default_num_processes, os.cpu_count()),
+        help="processes; each holds one case in memory (default %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="redo cases that are already done")
 
 
@@ -63,8 +71,11 @@ def run(args) -> int:
             failures += _preprocess(dataset, args, name, store, images)
     if failures:
         print("\n".join(sorted(set(failures))), file=sys.stderr)
-        print(f"{len(set(failures))} of {len(images)} cases could not be preprocessed (above); the others are done. Mend or "
-              "remove these and run the command again.", file=sys.stderr)
+        print(
+            f"{len(set(failures))} of {len(images)} cases could not be preprocessed (above); the others are done. "
+            "Mend or remove these and run the command again.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -91,12 +102,27 @@ def _preprocess(dataset: Dataset, args, configuration_name: str, store: Path, im
     orientation = dataset.orientation(reference) if reference else None
     failures = []
     try:
-        with ProcessPoolExecutor(min(args.np, max(len(missing), 1)), mp_context=get_context("spawn")) as pool, tqdm(
-            total=len(images), initial=len(images) - len(missing), desc=f"{dataset.name} {configuration_name}", unit="case"
-        ) as bar:
+        with (
+            ProcessPoolExecutor(min(args.np, max(len(missing), 1)), mp_context=get_context("spawn")) as pool,
+            tqdm(
+                total=len(images),
+                initial=len(images) - len(missing),
+                desc=f"{dataset.name} {configuration_name}",
+                unit="case",
+            ) as bar,
+        ):
             jobs = {
-                pool.submit(_preprocess_case, dataset.name, args.p, configuration_name, case, images[case], unfinished, store,
-                            orientation): case
+                pool.submit(
+                    _preprocess_case,
+                    dataset.name,
+                    args.p,
+                    configuration_name,
+                    case,
+                    images[case],
+                    unfinished,
+                    store,
+                    orientation,
+                ): case
                 for case in missing
             }
             for job in as_completed(jobs):
@@ -143,8 +169,10 @@ def _preprocess_case(name, plans_name, configuration_name, case, files, unfinish
         )
         properties = load_pickle(f"{target}.pkl")
         # nnU-Net's loader expects the key; an unlabeled case has no locations to offer.
-        write_pickle({**properties, "class_locations": {}, DIGEST_KEY: preprocessing_digest(plans, configuration)},
-                     f"{target}.pkl")
+        write_pickle(
+            {**properties, "class_locations": {}, DIGEST_KEY: preprocessing_digest(plans, configuration)},
+            f"{target}.pkl",
+        )
         # Read back what a full disk may have cut off.
         written, *_ = nnUNetDatasetBlosc2(str(unfinished), [case]).load_case(case)
         written[:]
@@ -153,8 +181,8 @@ def _preprocess_case(name, plans_name, configuration_name, case, files, unfinish
         for suffix in _SUFFIXES:
             Path(f"{target}{suffix}").unlink(missing_ok=True)
         raise OSError(
-            f"case {case} could not be written to {store} ({type(error).__name__}: {error}; {free:.0f} MB are free there). "
-            "Free some space, or see the reason above, and run the command again: finished cases are kept"
+            f"case {case} could not be written to {store} ({type(error).__name__}: {error}; {free:.0f} MB are free "
+            "there). Free some space, or see the reason above, and run the command again: finished cases are kept"
         ) from None
     for suffix in _SUFFIXES:
         os.replace(f"{target}{suffix}", store / f"{case}{suffix}")

@@ -34,7 +34,9 @@ def run(args) -> None:
     file = dataset.preprocessed / "splits_final.json"
     if file.is_file():
         if not args.overwrite:
-            raise FileExistsError(f"{file} exists. Trainings may rely on it; replace it with --overwrite (a copy is kept)")
+            raise FileExistsError(
+                f"{file} exists. Trainings may rely on it; replace it with --overwrite (a copy is kept)"
+            )
         backup = file.with_name(f"splits_final.{datetime.now():%Y%m%d-%H%M%S-%f}.json")
         shutil.copy2(file, backup)
         print(f"The former splits are kept in {backup}")
@@ -43,5 +45,6 @@ def run(args) -> None:
     temporary.write_text(json.dumps(splits, indent=4))
     os.replace(temporary, file)
     for fold, split in enumerate(splits):
-        print(f"Fold {fold}: {len(split['train'])} labeled, {len(split['unlabeled'])} hidden, {len(split['val'])} validation")
+        labeled, hidden, validation = (len(split[key]) for key in ("train", "unlabeled", "val"))
+        print(f"Fold {fold}: {labeled} labeled, {hidden} hidden, {validation} validation")
     print(f"Written to {file}")

@@ -32,7 +32,8 @@ def _summary(trainer) -> str:
 def _presets(options_class) -> str:
     presets = getattr(options_class, "PRESETS", {})
     return "".join(
-        f"`preset={name}`: {', '.join(f'`{k}={v}`' for k, v in values.items())}.\n\n" for name, values in presets.items()
+        f"`preset={name}`: {', '.join(f'`{k}={v}`' for k, v in values.items())}.\n\n"
+        for name, values in presets.items()
     )
 
 
@@ -42,7 +43,9 @@ def _markdown_table(options_class) -> str:
 
     rows = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
     for row in described(options_class):
-        rows.append("| " + " | ".join(cell(f"`{row[c]}`" if c in ("name", "default") else row[c]) for c in _COLUMNS) + " |")
+        rows.append(
+            "| " + " | ".join(cell(f"`{row[c]}`" if c in ("name", "default") else row[c]) for c in _COLUMNS) + " |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -62,16 +65,20 @@ def markdown(trainers: dict) -> str:
 
 def plain(trainers: dict) -> str:
     """The table as printed on a terminal."""
+
     def table(options_class):
         rows = described(options_class)
         widths = {c: max(len(row[c]) for row in rows) for c in _COLUMNS[:-1]}
         return "".join(
-            "  " + "  ".join(row[c].ljust(widths[c]) for c in _COLUMNS[:-1]) + "  " + row["meaning"] + "\n" for row in rows
+            "  " + "  ".join(row[c].ljust(widths[c]) for c in _COLUMNS[:-1]) + "  " + row["meaning"] + "\n"
+            for row in rows
         )
 
     parts = []
     for name, trainer in trainers.items():
-        parts.append(f"{name}\n{textwrap.indent(textwrap.fill(_summary(trainer), 100), '  ')}\n\n{table(trainer.Options)}")
+        parts.append(
+            f"{name}\n{textwrap.indent(textwrap.fill(_summary(trainer), 100), '  ')}\n\n{table(trainer.Options)}"
+        )
     parts.append(f"Every trainer, nnU-Net's schedule (the defaults are nnU-Net's)\n\n{table(ScheduleOptions)}")
     parts.append("\nSet options in the name: -tr nnUNetTrainerCoraNet_100epochs_alpha=10\n")
     return "\n".join(parts)

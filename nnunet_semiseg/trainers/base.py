@@ -162,6 +162,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.teacher is not None:
             self.teacher.update(self.student)
 
+    def method_state(self) -> dict:
+        """What a method has to remember over a restart beside its companions; plain Python values."""
+        return {}
+
+    def load_method_state(self, state: dict) -> None:
+        """Inverse of ``method_state``."""
+
     def predicts_with_teacher(self) -> bool:
         """Whether the teacher is what the checkpoint's ``network_weights`` hold."""
         return False
@@ -171,7 +178,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def progress(self) -> float:
         """Share of all training steps that is done, in [0, 1)."""
-        return self.global_step / (self.num_epochs * self.num_iterations_per_epoch)
+        return self.global_step / self._total_steps
+
+    @property
+    def _total_steps(self) -> int:
+        return self.num_epochs * self.num_iterations_per_epoch
 
     @property
     def student(self) -> nn.Module:
@@ -180,7 +191,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @property
     def teacher(self) -> EMATeacher | None:
-        return self.companions["teacher"] if "teacher" in self.companions else None
+        return dict(self.companions).get("teacher")
 
     def autocast(self):
         """nnU-Net's mixed precision: float16 on CUDA, nothing elsewhere."""
@@ -238,9 +249,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def _preprocess_command(self) -> str:
         plans = self.plans_manager
-        return (
-            f"nnunet_semiseg preprocess -d {plans.dataset_name} -c {self.configuration_name} -p {plans.plans_name}"
-        )
+        return f"nnunet_semiseg preprocess -d {plans.dataset_name} -c {self.configuration_name} -p {plans.plans_name}"
 
     def unlabeled_dataset(self) -> UnlabeledDataset:
         """All unlabeled cases of this fold: the store, and the labeled cases whose labels the fold hides.
@@ -262,8 +271,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
         if not stored and not hidden:
             raise ValueError(
-                f"There are no unlabeled cases for {self.configuration_name}: {store} has none, and fold {self.fold} of "
-                f"splits_final.json hides none. Put images into imagesUn and run: {self._preprocess_command}"
+                f"There are no unlabeled cases for {self.configuration_name}: {store} has none, and "
+                f"fold {self.fold} of splits_final.json hides none. Put images into imagesUn and run: {self._preprocess_command}"
             )
         self.print_to_log_file(
             f"Unlabeled cases: {len(stored)} from {store.name}, {len(hidden)} with hidden labels", add_timestamp=False
@@ -345,7 +354,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         processes = max(1, processes // 2)
         with self.random_stream:
             seeds = [int(seed) for seed in np.random.randint(0, 2**31, processes)]
-            augmenter = NonDetMultiThreadedAugmenter(
+            return NonDetMultiThreadedAugmenter(
                 data_loader=loader,
                 transform=None,
                 num_processes=processes,
@@ -354,7 +363,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 pin_memory=self.device.type == "cuda",
                 wait_time=0.002,
             )
-        return augmenter
 
     def on_train_end(self):
         super().on_train_end()
@@ -428,8 +436,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             return True
         self._non_finite_in_a_row += 1
         self._non_finite_total += 1
-        self.print_to_log_file(f"Step {self.global_step} is skipped: {', '.join(bad) or 'a loss on another rank'} "
-                               f"is not finite (cases {', '.join(map(str, keys))})")
+        self.print_to_log_file(
+            f"Step {self.global_step} is skipped: {', '.join(bad) or 'a loss on another rank'} "
+            f"is not finite (cases {', '.join(map(str, keys))})"
+        )
         if self._non_finite_in_a_row >= MAX_NON_FINITE_STEPS:
             raise RuntimeError(
                 f"{MAX_NON_FINITE_STEPS} steps in a row gave a loss that is not a number ({', '.join(bad)}), the last "
@@ -541,7 +551,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             # nnU-Net's logger wants one value per key and epoch.
             if len(values) <= epoch:
                 self._log({name: math.nan})
-        latest = ", ".join(f"{name} {values[epoch]:.4f}" for name, values in logged.items() if np.isfinite(values[epoch]))
+        latest = ", ".join(
+            f"{name} {values[epoch]:.4f}" for name, values in logged.items() if np.isfinite(values[epoch])
+        )
         self.print_to_log_file(f"Semi-supervised: {latest}")
         super().on_epoch_end()
         if self.local_rank == 0:
@@ -587,8 +599,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         network = self.predicting_network()
         source = getattr(self.dataloader_unlabeled, "data_loader", None) or self.dataloader_unlabeled.generator
         dataset = source._data
-        cases = [c for i, c in enumerate(dataset.identifiers) if i % (dist.get_world_size() if self.is_ddp else 1)
-                 == self.local_rank]
+        cases = [
+            c
+            for i, c in enumerate(dataset.identifiers)
+            if i % (dist.get_world_size() if self.is_ddp else 1) == self.local_rank
+        ]
         start = self.current_epoch * FOREGROUND_CASES_PER_EPOCH
         chosen = {cases[i % len(cases)] for i in range(start, start + FOREGROUND_CASES_PER_EPOCH)} if cases else set()
         predictor = nnUNetPredictor(
@@ -598,8 +613,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         with self._as_network(network), self.random_stream:
             self.set_deep_supervision_enabled(False)
             predictor.manual_initialization(
-                network, self.plans_manager, self.configuration_manager, None, self.dataset_json,
-                self.__class__.__name__, self.inference_allowed_mirroring_axes,
+                network,
+                self.plans_manager,
+                self.configuration_manager,
+                None,
+                self.dataset_json,
+                self.__class__.__name__,
+                self.inference_allowed_mirroring_axes,
             )
             for case in sorted(chosen):
                 data = torch.from_numpy(np.asarray(dataset.load_case(case)[0][:]))
@@ -634,6 +654,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "companions": self.companions.state_dict(),
             "random": {"global": global_state(), "unlabeled": self.random_stream.state()},
             "non_finite_steps": self._non_finite_total,
+            "method": self.method_state(),
             "foreground_locations": {
                 case: {k: torch.from_numpy(v) for k, v in by_class.items()}
                 for case, by_class in self.foreground_locations.items()
@@ -663,8 +684,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         state = checkpoint.get(checkpoints.STATE_KEY)
         if state is None:
             raise checkpoints.CheckpointError(
-                f"{file} was not written by a trainer of nnunet_semiseg, so there is nothing to continue. To start from "
-                f"its weights use nnUNetv2_train ... -pretrained_weights {file}"
+                f"{file} was not written by a trainer of nnunet_semiseg, so there is nothing to continue. To start "
+                f"from its weights use nnUNetv2_train ... -pretrained_weights {file}"
             )
         super().load_checkpoint(str(file))
         if "student" in state:
@@ -672,6 +693,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.companions.load_state_dict(state["companions"])
         self._resumed_random_state = state["random"]
         self._non_finite_total = state["non_finite_steps"]
+        self.load_method_state(state["method"])
         self.foreground_locations = {
             case: {k: v.cpu().numpy() for k, v in by_class.items()}
             for case, by_class in state["foreground_locations"].items()

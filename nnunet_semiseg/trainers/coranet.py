@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -38,18 +39,29 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class CoraNetOptions(FrameOptions):
-    preset: str = option("default", "paper: the printed settings; code: those of the published code",
-                         choices=("default", "paper", "code"))
+    preset: str = option(
+        "default",
+        "paper: the printed settings; code: those of the published code",
+        choices=("default", "paper", "code"),
+    )
     alpha: float = option(5.0, "cost of the expensive mistake; 1 tells the heads apart by initialization", low=1.0)
     setting: str = option("full", "rows of the paper's Table IV", choices=tuple(SETTINGS))
-    uncertainty: str = option("cost", "what makes the mask: heads, test-time augmentation, MC dropout or aleatoric",
-                              choices=("cost", "tta", "mcdropout", "aleatoric"))
+    uncertainty: str = option(
+        "cost",
+        "what makes the mask: heads, test-time augmentation, MC dropout or aleatoric",
+        choices=("cost", "tta", "mcdropout", "aleatoric"),
+    )
     passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
     pretraining: float = option(0.2, "share of the run that trains on labeled data only", low=0.0, high=1.0)
+    min_recall: float = option(
+        0.3, "recall of every class on labeled patches without which pretraining goes on", low=0.0, high=1.0
+    )
     certain_weight: float = option(1.0, "weight of self-training on the certain region", low=0.0)
     pseudo_dice: float = option(1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0)
     consistency_weight: float = option(1.0, "largest weight of the consistency on the uncertain region", low=0.0)
-    ramp_up: float = option(0.2, "share of the run over which the consistency rises, after pretraining", low=0.0, high=1.0)
+    ramp_up: float = option(
+        0.2, "share of the run over which the consistency rises, after pretraining", low=0.0, high=1.0
+    )
     all_heads: bool = option(False, "self-training and consistency on the two cost heads as well")
     relabel_every: int = option(50, "steps between two relabelings; also at the start of an epoch", low=1)
     label_reuse: int = option(5, "steps that train on a labeled patch before it is replaced", low=1)
@@ -59,12 +71,24 @@ class CoraNetOptions(FrameOptions):
 
 CoraNetOptions.PRESETS = {
     "paper": dict(
-        pretraining=0.23, certain_weight=1.0, pseudo_dice=0.0, consistency_weight=1.0, ramp_up=0.0, all_heads=False
+        pretraining=0.23,
+        min_recall=0.0,
+        certain_weight=1.0,
+        pseudo_dice=0.0,
+        consistency_weight=1.0,
+        ramp_up=0.0,
+        all_heads=False,
     ),
     # The code divides the supervised and the certain sum by 4 but not the consistency, and adds the unlabeled half
     # with 0.5; here, nothing is divided.
     "code": dict(
-        pretraining=0.23, certain_weight=0.5, pseudo_dice=1.0, consistency_weight=0.2, ramp_up=0.15, all_heads=True
+        pretraining=0.23,
+        min_recall=0.0,
+        certain_weight=0.5,
+        pseudo_dice=1.0,
+        consistency_weight=0.2,
+        ramp_up=0.15,
+        all_heads=True,
     ),
 }
 
@@ -76,7 +100,9 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     features, trained with unequal costs. What both heads call alike is certain. There the student learns from its own
     pseudo labels; elsewhere it follows a mean teacher.
 
-    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1).
+    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1). It goes on until the student finds ``min_recall`` of every
+      class in its labeled patches: a network that does not know a class yet labels it background, is certain of it
+      with both heads, and self-training then makes it final.
     * Phase 2, each step: L_crm + ``certain_weight`` L_c-sn (Eq. 7) + w(t) L_cnt (Eq. 8), then the teacher (Eq. 9).
     * Every ``relabel_every`` steps the student labels new unlabeled patches (Eqs. 2-6); each then serves
       ``label_reuse`` steps. The student sees them in the strong view; labels and teacher use the weak one.
@@ -108,12 +134,18 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         check_is_unet(unet)
         self._forward = self.compiled(forward_with_features)
         self._pool: list[dict] = []
+        # Progress at the start of phase 2, once it has started.
+        self._start: float | None = None
+        self._knows_classes = self.options.min_recall == 0
+        self._recall_counts = torch.zeros(2, self.labels.num_foreground, device=self.device)
         self._certain_loss = MaskedSegmentationLoss(
             self.labels, self.configuration_manager.batch_dice, self.options.pseudo_dice
         )
         companions = {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=False)}
         names = {"cost": ("conservative", "radical"), "aleatoric": ("mean", "deviation")}
-        heads = {name: FeatureHead(unet, self.labels.num_foreground) for name in names.get(self.options.uncertainty, ())}
+        heads = {
+            name: FeatureHead(unet, self.labels.num_foreground) for name in names.get(self.options.uncertainty, ())
+        }
         if heads:
             companions["heads"] = nn.ModuleDict(heads)
         if self._trains_all_heads:
@@ -128,23 +160,46 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     def _dropout(self) -> float:
         return DROPOUT if self.options.uncertainty == "mcdropout" else 0.0
 
-    @property
-    def _first_step(self) -> int:
-        """The first step of phase 2."""
-        return math.ceil(self.options.pretraining * self.num_epochs * self.num_iterations_per_epoch)
-
     def uses_unlabeled(self):
-        return SETTINGS[self.options.setting] != (None, None) and self.global_step >= self._first_step
+        enough = self.global_step >= math.ceil(self.options.pretraining * self._total_steps)
+        return SETTINGS[self.options.setting] != (None, None) and self._knows_classes and enough
 
     def predicts_with_teacher(self):
         return self.options.predict_with == "teacher"
 
     def before_step(self):
-        if self.global_step == self._first_step:
+        if self._start is None and self.uses_unlabeled():
+            self._start = self.progress
+            self._pool = []
             # Algorithm 1, line 3: the teacher starts from the pretrained student.
             self.teacher.copy_from(self.network)
             if self._trains_all_heads:
                 self.companions["teacher_heads"].copy_from(self.companions["heads"])
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self._recall_counts.zero_()
+        self._pool = []
+
+    def on_train_epoch_end(self, train_outputs):
+        if not self._knows_classes:
+            if self.is_ddp:
+                dist.all_reduce(self._recall_counts)
+            found, present = self._recall_counts.cpu()
+            recall = (found / present)[present > 0]
+            self._knows_classes = bool((recall >= self.options.min_recall).all())
+            if not self._knows_classes and self.progress >= self.options.pretraining:
+                self.print_to_log_file(
+                    f"Pretraining goes on: recall of the classes on labeled patches is {recall.numpy().round(3)}, below "
+                    f"min_recall={self.options.min_recall}"
+                )
+        super().on_train_epoch_end(train_outputs)
+
+    def method_state(self):
+        return {"start": self._start, "knows_classes": self._knows_classes}
+
+    def load_method_state(self, state):
+        self._start, self._knows_classes = state["start"], state["knows_classes"]
 
     def after_step(self):
         super().after_step()
@@ -159,6 +214,11 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             terms = {"supervised": Term(self.loss(outputs, target))}
             heads = self._run_heads(features)
         foreground, valid = self.labels.one_vs_rest(full_resolution(target))
+        if not self._knows_classes:
+            predicted, _ = self.labels.one_vs_rest(self.labels.hard(full_resolution(outputs).detach()))
+            axes = [0, *range(2, foreground.ndim)]
+            present = foreground * valid
+            self._recall_counts += torch.stack(((predicted * present).sum(axes), present.sum(axes)))
         return terms | self._head_losses(heads, foreground, valid, "")
 
     def _run_heads(self, features: torch.Tensor, name: str = "heads") -> dict[str, torch.Tensor]:
@@ -194,7 +254,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         step = self.global_step - self.current_epoch * self.num_iterations_per_epoch
         # Counted from the start of the epoch, so that a run which resumes there has the same pool.
         since = step % o.relabel_every
-        if since == 0 or self.global_step == self._first_step:
+        if since == 0 or not self._pool:
             steps = min(o.relabel_every - since, self.num_iterations_per_epoch - step)
             self._pool = [self._labeled_batch() for _ in range(math.ceil(steps / o.label_reuse))]
         batch = self._pool[since % len(self._pool)]
@@ -245,7 +305,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         hard = self.labels.hard(probabilities - 0.5 if self.labels.has_regions else probabilities)
         return hard, self.labels.confidence(probabilities) > CERTAIN_CONFIDENCE
 
-    # ------------------------------------------------------------------------------------------- C-SN and UC-SN, Eqs. 7, 8
+    # ----------------------------------------------------------------------------------------- C-SN and UC-SN, Eqs. 7, 8
 
     def unsupervised_loss(self, unlabeled):
         o = self.options
@@ -270,7 +330,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             terms["certain"] = Term(self._certain_loss(student, hard, self_training), o.certain_weight)
             terms |= self._head_losses(heads, foreground, valid & self_training, "_certain", o.certain_weight)
         if mean_teacher is not None and o.consistency_weight > 0:
-            weight = o.consistency_weight * ramp_up_between(self.progress, o.pretraining, o.ramp_up)
+            weight = o.consistency_weight * ramp_up_between(self.progress, self._start, o.ramp_up)
             terms["consistency"] = Term(self._consistency(student, heads, unlabeled["weak"], mean_teacher), weight)
         if not terms:
             terms["certain"] = Term(student.sum() * 0.0, 0.0)

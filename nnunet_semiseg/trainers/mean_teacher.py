@@ -20,7 +20,9 @@ class MeanTeacherOptions(FrameOptions):
     warm_up: float = option(0.03, "share of the run without consistency, at the start", low=0.0, high=1.0)
     ema_decay: float = option(0.99, "largest decay of the teacher, per step", low=0.0, high=1.0)
     noise: float = option(0.1, "SD of the noise on the teacher's input, in normalized intensities", low=0.0)
-    student_view: str = option("strong", "the student's input; the teacher's is the weak one", choices=("strong", "weak"))
+    student_view: str = option(
+        "strong", "the student's input; the teacher's is the weak one", choices=("strong", "weak")
+    )
     predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
 
 

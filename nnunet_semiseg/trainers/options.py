@@ -75,14 +75,14 @@ def _summary(classes) -> str:
     )
 
 
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
 def _converted(field: dataclasses.Field, text: str) -> Any:
     """``text`` as the field's type; raises OptionError outside of its range or choices."""
     kind = type(field.default)
     try:
-        if kind is bool:
-            value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        else:
-            value = kind(text)
+        value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise OptionError(f"{field.name}={text} is not of type {kind.__name__}") from None
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
@@ -139,7 +139,7 @@ def parse_suffix(suffix: str, options_class) -> tuple[dict, dict]:
 
 
 def build_options(options_class, chosen: Mapping[str, Any]):
-    """An instance of ``options_class``: its defaults, changed by the chosen preset, changed by what is chosen by name."""
+    """An ``options_class``: its defaults, changed by the chosen preset, changed by what is chosen by name."""
     presets = getattr(options_class, "PRESETS", {})
     preset = presets.get(chosen.get("preset"), {})
     return options_class(**{**preset, **chosen})

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Make an environment (.venv-test beside this project, or $TEST_ENV) and run the tests; arguments go to pytest.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+env=${TEST_ENV:-$root/.venv-test}
+if [[ ! -x $env/bin/pytest || ! -x $env/bin/nnunet_semiseg ]]; then
+    [[ -x $env/bin/python ]] || "${PYTHON:-python3}" -m venv "$env"
+    "$env/bin/python" -m pip install -q --disable-pip-version-check -e "$root[test]"
+fi
+cd "$root"
+# No network from here on.
+PATH=$env/bin:$PATH "$env/bin/python" -m pytest "$@"

@@ -1,0 +1,219 @@
+"""CoraNet: phases, settings, masks and labels; its losses are tested in test_losses.py."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, train_steps
+
+from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
+from nnunet_semiseg.trainers.coranet import SETTINGS, _zoomed
+
+NAME = "nnUNetTrainerCoraNet"
+NOW = "_pretraining=0_min_recall=0_relabel_every=2"
+
+
+def unlabeled_batch(trainer, certain=0.5):
+    batch = trainer.next_unlabeled()
+    batch["certain"] = torch.rand(batch["certain"].shape) < certain
+    return batch
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_features_forward_is_the_networks_own(started, configuration):
+    network = started(NAME + NOW + SHORT, "labels", configuration).network
+    x = torch.randn(2, 1, *([24] * (2 if configuration == "2d" else 3)))
+    for deep_supervision in (True, False):
+        network.decoder.deep_supervision = deep_supervision
+        outputs, features = forward_with_features(network, x)
+        expected = network(x)
+        if deep_supervision:
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected)) and len(outputs) == len(expected)
+        else:
+            assert torch.equal(outputs, expected)
+        torch.testing.assert_close(network.decoder.seg_layers[-1](features), full_resolution(expected))
+
+
+def test_other_networks_are_refused_with_the_way_out():
+    with pytest.raises(NotImplementedError, match="Linear has no encoder.*nnUNetTrainerMeanTeacher"):
+        check_is_unet(torch.nn.Linear(1, 1))
+
+
+def test_phases_and_the_teachers_start(started):
+    trainer = started(f"{NAME}_pretraining=0.5_min_recall=0_num_iterations_per_epoch=4_2epochs_seed=1")
+    for step in range(4):
+        assert not trainer.uses_unlabeled()
+        train_steps(trainer, 1)
+        assert "certain" not in trainer._epoch_sums
+        assert trainer.global_step == step + 1
+    trainer.current_epoch = 1
+    trainer.on_train_epoch_start()
+    assert trainer.uses_unlabeled()
+    trainer.before_step()
+    assert trainer._start == 0.5
+    for student, teacher in zip(trainer.network.parameters(), trainer.teacher.module.parameters()):
+        assert torch.equal(student, teacher)
+    train_steps(trainer, 1)
+    assert "certain" in trainer._epoch_sums
+
+
+def test_pretraining_goes_on_until_every_class_is_known(started):
+    trainer = started(f"{NAME}_pretraining=0_min_recall=0.5_num_iterations_per_epoch=2_3epochs_seed=1")
+    for knows_core, expected in ((False, False), (True, True)):
+        trainer.on_train_epoch_start()
+        train_steps(trainer, 2)
+        assert "certain" not in trainer._epoch_sums
+        found, present = trainer._recall_counts
+        assert (present > 0).all() and (found <= present).all()
+        trainer._recall_counts[0] = present * torch.tensor([0.9, 0.6 if knows_core else 0.4])
+        trainer.on_train_epoch_end([{"loss": np.zeros(())}])
+        assert trainer.method_state() == {"start": None, "knows_classes": expected}
+        trainer.current_epoch += 1
+    trainer.on_train_epoch_start()
+    assert trainer.uses_unlabeled()
+    train_steps(trainer, 1)
+    assert trainer._start == pytest.approx(4 / 6)
+
+
+def test_relabeling_fills_a_pool_that_each_epoch_starts_anew(started):
+    trainer = started(
+        f"{NAME}_pretraining=0_min_recall=0_relabel_every=4_label_reuse=2_num_iterations_per_epoch=6_seed=1_2epochs"
+    )
+    drawn = []
+    original = trainer.draw_unlabeled
+    trainer.draw_unlabeled = lambda: drawn.append(trainer.global_step) or original()
+    train_steps(trainer, 6)
+    # 4 steps on 2 labeled batches, then the epoch's last 2 steps on 1.
+    assert drawn == [0, 0, 4]
+    trainer.current_epoch = 1
+    trainer.on_train_epoch_start()
+    train_steps(trainer, 1)
+    assert drawn == [0, 0, 4, 6, 6]
+
+
+def test_labels_are_of_the_student_at_relabeling_and_stay(started):
+    trainer = started(
+        f"{NAME}_pretraining=0_min_recall=0_relabel_every=4_label_reuse=4_num_iterations_per_epoch=4_seed=1_2epochs"
+    )
+    first = trainer.next_unlabeled()
+    with torch.no_grad():
+        outputs, features = forward_with_features(trainer.network, first["weak"])
+        heads = trainer._run_heads(features)
+        expected = full_resolution(outputs).argmax(1, keepdim=True)
+        certain = ((heads["conservative"] > 0) == (heads["radical"] > 0)).all(1, keepdim=True)
+    assert torch.equal(first["hard"].long(), expected)
+    assert torch.equal(first["certain"], certain)
+    train_steps(trainer, 1)
+    (kept,) = trainer._pool
+    hard, certain = kept["hard"].clone(), kept["certain"].clone()
+    train_steps(trainer, 3)
+    assert trainer._pool == [kept]
+    assert torch.equal(kept["hard"], hard) and torch.equal(kept["certain"], certain)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_table_4(started, setting):
+    trainer = started(f"{NAME}{NOW}_setting={setting}{SHORT}")
+    self_training, mean_teacher = SETTINGS[setting]
+    assert trainer.uses_unlabeled() == (setting != "seg")
+    train_steps(trainer, 1)
+    assert ("certain" in trainer._epoch_sums) == (self_training is not None)
+    assert ("consistency" in trainer._epoch_sums) == (mean_teacher is not None)
+    if setting == "seg":
+        return
+    # The terms see exactly their region: labels and teacher elsewhere do not matter.
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    trainer.global_step = 0
+    batch = unlabeled_batch(trainer)
+    regions = {"certain": batch["certain"], "uncertain": ~batch["certain"], "all": torch.ones_like(batch["certain"])}
+    base = trainer.unsupervised_loss(batch)
+    if self_training is not None:
+        outside = {**batch, "hard": torch.where(regions[self_training], batch["hard"], (batch["hard"] + 1) % 3)}
+        assert torch.equal(trainer.unsupervised_loss(outside)["certain"].value, base["certain"].value)
+    if mean_teacher is not None:
+        with torch.no_grad():
+            student = full_resolution(trainer.network(batch["strong"])).softmax(1)
+            teacher = full_resolution(trainer.teacher(batch["weak"])).softmax(1)
+        distance = ((student - teacher) ** 2).sum(1, keepdim=True)[regions[mean_teacher]].mean()
+        torch.testing.assert_close(base["consistency"].value.detach(), distance)
+
+
+@pytest.mark.parametrize("uncertainty", ["tta", "mcdropout", "aleatoric"])
+@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions", "3d_fullres")])
+def test_other_uncertainty_estimators_of_table_6(started, uncertainty, kind, configuration):
+    trainer = started(f"{NAME}{NOW}_uncertainty={uncertainty}_passes=2{SHORT}", kind, configuration)
+    train_steps(trainer, 2)
+    assert trainer._non_finite_total == 0
+    batch = trainer._pool[0]
+    assert batch["certain"].shape == (*batch["weak"].shape[:1], 1, *batch["weak"].shape[2:])
+    heads = set(trainer.companions["heads"]) if "heads" in trainer.companions else set()
+    assert heads == ({"mean", "deviation"} if uncertainty == "aleatoric" else set())
+
+
+def test_test_time_augmentation_undoes_flips_and_zooms(started):
+    image = torch.rand(1, 1, 32, 32)
+    image = torch.nn.functional.avg_pool2d(image, 5, 1, 2)
+    back = _zoomed(_zoomed(image, 0.8), 1 / 0.8)
+    torch.testing.assert_close(back[..., 4:-4, 4:-4], image[..., 4:-4, 4:-4], atol=0.1, rtol=0)
+    assert torch.equal(_zoomed(image, 1.0), image)
+    trainer = started(f"{NAME}{NOW}_uncertainty=tta_passes=8{SHORT}")
+    # A "network" that passes its input on: the mean over augmentations is then the image again.
+    trainer.logits = lambda network, data: torch.cat((-20 * (data - 0.5), torch.zeros_like(data), 20 * (data - 0.5)), 1)
+    data = torch.zeros(1, 1, 32, 32)
+    data[..., :16] = 1.0
+    hard, certain = trainer._label_by_tta(data)
+    assert (hard[..., 2:12] == 2).all() and (hard[..., 20:30] == 0).all()
+    assert certain[..., 2:10].all() and certain[..., 22:30].all()
+
+
+def test_alpha_one_tells_heads_apart_by_initialization(started):
+    trainer = started(f"{NAME}{NOW}_alpha=1{SHORT}")
+    heads = trainer.companions["heads"]
+    assert not torch.equal(heads["conservative"][2].weight, heads["radical"][2].weight)
+    train_steps(trainer, 1)
+
+
+def test_cost_heads_reach_the_shared_decoder_and_the_other_heads_do_not_mix(started):
+    trainer = started(NAME + NOW + SHORT)
+    batch = next(trainer.dataloader_train)
+    terms = trainer.supervised_loss(batch["data"], batch["target"])
+    terms["conservative"].value.backward()
+    heads = trainer.companions["heads"]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads["conservative"][2].parameters())
+    assert all(p.grad is None for p in heads["radical"].parameters())
+    assert trainer.network.decoder.stages[-1].convs[0].conv.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in trainer.network.decoder.seg_layers.parameters())
+
+
+def test_unlabeled_data_does_not_train_the_heads_unless_all_heads(started):
+    for settings, trained in (("", False), ("_all_heads=true", True)):
+        trainer = started(NAME + NOW + settings + SHORT)
+        terms = trainer.unsupervised_loss(unlabeled_batch(trainer))
+        sum(term.value for term in terms.values()).backward()
+        gradients = [p.grad for p in trainer.companions["heads"].parameters()]
+        assert all((g is not None) == trained for g in gradients)
+        assert ("conservative_certain" in terms) == trained
+
+
+@pytest.mark.parametrize("certain", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_all_certain_and_all_uncertain_batches_are_finite(started, certain, kind):
+    trainer = started(NAME + NOW + SHORT, kind)
+    batch = unlabeled_batch(trainer, certain)
+    batch["hard"] = torch.zeros_like(batch["hard"])
+    terms = trainer.unsupervised_loss(batch)
+    for term in terms.values():
+        assert torch.isfinite(term.value) and term.value.requires_grad
+
+
+def test_conservative_foreground_lies_inside_of_radical_foreground_after_training(started):
+    trainer = started(f"{NAME}_setting=seg_num_iterations_per_epoch=250_1epochs_seed=3")
+    train_steps(trainer, 250)
+    images = torch.cat([next(trainer.dataloader_val)["data"] for _ in range(3)])
+    with torch.no_grad():
+        _, features = forward_with_features(trainer.network, images)
+        heads = {name: (logits > 0).numpy() for name, logits in trainer._run_heads(features).items()}
+    conservative, radical = heads["conservative"], heads["radical"]
+    assert radical.sum() > conservative.sum() > 0
+    assert np.logical_and(conservative, ~radical).sum() < 0.02 * conservative.sum()

@@ -1,0 +1,201 @@
+"""Splits, the unlabeled store, two-view augmentation and random streams."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from conftest import make_case
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.data.randomness import RandomStream, global_state, seed_everything, set_global_state
+from nnunet_semiseg.data.splits import hidden_cases, make_splits
+from nnunet_semiseg.data.unlabeled import UnlabeledDataset, store_folder, store_identifiers
+from nnunet_semiseg.data.views import TwoViewTransform
+
+CASES = [f"case_{i:02d}" for i in range(20)]
+
+
+class TestSplits:
+    def test_folds_are_disjoint_and_validation_is_nnunets(self):
+        splits = make_splits(CASES, 3, None, folds=5, seed=12345)
+        stock = generate_crossval_split(CASES, seed=12345, n_splits=5)
+        for split, theirs in zip(splits, stock):
+            assert len(split["train"]) == 3
+            assert split["val"] == [str(c) for c in theirs["val"]]
+            assert sorted(split["train"] + split["val"] + split["unlabeled"]) == CASES
+
+    def test_a_larger_budget_contains_the_smaller_one(self):
+        small, large = (make_splits(CASES, n, None, 5, 1) for n in (2, 6))
+        assert all(set(s["train"]) < set(g["train"]) for s, g in zip(small, large))
+
+    def test_named_cases_are_labeled_in_every_fold(self):
+        splits = make_splits(CASES, None, ["case_03", "case_07"], folds=3, seed=0)
+        assert [s["train"] for s in splits] == [["case_03", "case_07"]] * 3
+        assert sorted(sum((s["val"] for s in splits), [])) == [c for c in CASES if c not in ("case_03", "case_07")]
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ((17, None, 5, 0), "--labeled 17 is more than the 16 training cases"),
+            ((None, ["case_99"], 5, 0), "No labeled case is called case_99"),
+            ((None, CASES[:18], 5, 0), "2 cases are left"),
+        ],
+    )
+    def test_bad_budgets(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            make_splits(CASES, *arguments)
+
+    def test_a_fold_is_checked(self, tmp_path):
+        file = tmp_path / "splits_final.json"
+        assert hidden_cases(file, 0, CASES) == []
+        file.write_text(json.dumps([{"train": ["case_00"], "val": ["case_01"], "unlabeled": ["case_02"]}]))
+        assert hidden_cases(file, 0, CASES) == ["case_02"]
+        assert hidden_cases(file, "all", CASES) == []
+        for split, message in (
+            ({"train": ["case_77"], "val": []}, "'train' names case_77"),
+            (
+                {"train": ["case_00"], "val": ["case_01"], "unlabeled": ["case_01"]},
+                "case_01 is in 'unlabeled' and in 'val'",
+            ),
+        ):
+            file.write_text(json.dumps([split]))
+            with pytest.raises(ValueError, match=message):
+                hidden_cases(file, 0, CASES)
+
+
+def test_split_command_refuses_then_backs_up(prepared, work, capsys):
+    folder = work / "preprocessed" / prepared("labels")
+    original = (folder / "splits_final.json").read_text()
+    try:
+        assert cli.main(["split", "-d", "801", "--labeled", "2", "--folds", "3"]) == 1
+        assert "--overwrite" in capsys.readouterr().err
+        assert (folder / "splits_final.json").read_text() == original
+        assert cli.main(["split", "-d", "801", "--labeled", "2", "--folds", "3", "--overwrite"]) == 0
+        assert len(json.loads((folder / "splits_final.json").read_text())) == 3
+        (backup,) = folder.glob("splits_final.2*.json")
+        assert backup.read_text() == original
+        backup.unlink()
+    finally:
+        (folder / "splits_final.json").write_text(original)
+
+
+class TestStore:
+    def test_lies_beside_the_labeled_folder_with_nnunets_files(self, prepared, work):
+        folder = work / "preprocessed" / prepared("labels") / "nnUNetPlans_cpu_2d"
+        store = store_folder(folder)
+        assert store.parent == folder.parent and store.name == "nnUNetPlans_cpu_2d_unlabeled"
+        assert store_identifiers(store) == [f"unl_{i:02d}" for i in range(4)]
+        assert len(list(store.iterdir())) == 12
+        assert not list(folder.glob("unl_*"))
+
+    def test_images_are_preprocessed_as_labeled_ones_are(self, prepared, work):
+        """The same image, once as a labeled and once as an unlabeled case."""
+        from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+        from nnunet_semiseg.datasets import Dataset
+
+        name = prepared("labels")
+        raw = work / "raw" / name
+        copy = raw / "imagesUn" / "copy_0000.nii.gz"
+        copy.write_bytes((raw / "imagesTr" / "lab_00_0000.nii.gz").read_bytes())
+        try:
+            assert cli.main(["preprocess", "-d", "801", "-p", "nnUNetPlans_cpu", "-c", "3d_fullres", "-np", "1"]) == 0
+        finally:
+            copy.unlink()
+        folder = work / "preprocessed" / name / "nnUNetPlans_cpu_3d_fullres"
+        labeled = nnUNetDatasetBlosc2(str(folder)).load_case("lab_00")[0][:]
+        unlabeled = nnUNetDatasetBlosc2(str(store_folder(folder)), ["copy"]).load_case("copy")[0][:]
+        assert np.array_equal(labeled, unlabeled)
+        # The case is gone from imagesUn, so the next run removes it from the store.
+        assert cli.main(["preprocess", "-d", "801", "-p", "nnUNetPlans_cpu", "-c", "3d_fullres", "-np", "1"]) == 0
+        assert "copy" not in store_identifiers(store_folder(folder))
+        assert Dataset(name).labeled_cases() == [f"lab_{i:02d}" for i in range(6)]
+
+    def test_dataset_gives_zeros_for_a_segmentation(self, prepared, work):
+        folder = work / "preprocessed" / prepared("labels") / "nnUNetPlans_cpu_2d"
+        dataset = UnlabeledDataset([(str(store_folder(folder)), ["unl_00"]), (str(folder), ["lab_03"])])
+        for case in ("unl_00", "lab_03"):
+            data, segmentation, previous, properties = dataset.load_case(case)
+            assert segmentation.shape == (1, *data.shape[1:]) and not segmentation.any()
+            assert previous is None and properties == {"class_locations": {}}
+
+
+def training_transforms(mask=False, regions=None):
+    return nnUNetTrainer.get_training_transforms(
+        (24, 24), (-np.pi, np.pi), None, (0, 1), False, use_mask_for_norm=[mask], regions=regions
+    )
+
+
+class TestTwoViews:
+    def test_geometry_is_shared_and_only_the_strong_view_has_other_intensities(self):
+        view = TwoViewTransform(training_transforms())
+        view.intensity = lambda image, segmentation: {"image": image * 3 + 1, "segmentation": segmentation}
+        x = torch.rand(2, 30, 30)
+        for _ in range(20):
+            result = view(image=x.clone(), segmentation=torch.zeros(1, 30, 30, dtype=torch.int16))
+            weak, strong = result["image"].chunk(2)
+            assert weak.shape == (2, 24, 24)
+            torch.testing.assert_close(strong, weak * 3 + 1)
+
+    def test_every_geometric_transform_of_nnunet_is_shared(self):
+        view = TwoViewTransform(training_transforms(regions=[(1, 2), 2]))
+        assert [type(t).__name__ for t in view.geometry.transforms] == ["SpatialTransform", "MirrorTransform"]
+        assert all(type(t).__name__ == "RandomTransform" for t in view.intensity.transforms)
+        assert len(view.intensity.transforms) == 7
+        assert isinstance(view.geometry.transforms[-1], MirrorTransform)
+
+    def test_outside_of_the_nonzero_mask_stays_zero(self):
+        seed_everything(0)
+        view = TwoViewTransform(training_transforms(mask=True))
+        x = torch.zeros(1, 30, 30)
+        x[:, 8:22, 8:22] = torch.rand(1, 14, 14) + 1
+        for _ in range(30):
+            weak, strong = view(image=x.clone(), segmentation=torch.zeros(1, 30, 30))["image"].chunk(2)
+            assert (strong == 0).float().mean() > 0.2
+            outside = torch.nn.functional.max_pool2d((weak != 0).float()[None], 3, 1, 1)[0] == 0
+            assert not strong[outside].any()
+
+    def test_patch_larger_than_the_image_is_padded(self, started):
+        trainer = started("nnUNetTrainerMeanTeacher_warm_up=0_1epochs_num_iterations_per_epoch=1")
+        loader = trainer.dataloader_unlabeled.data_loader
+        data, *_ = loader._data.load_case(loader._data.identifiers[0])
+        loader.patch_size = tuple(2 * s for s in loader.patch_size)
+        assert any(p > s for p, s in zip(loader.patch_size, data.shape[1:]))
+        batch = loader.generate_train_batch()
+        assert torch.isfinite(batch["weak"]).all() and batch["weak"].shape == batch["strong"].shape
+
+
+class TestRandomness:
+    def test_a_stream_leaves_the_global_generators_alone(self):
+        seed_everything(3)
+        expected = torch.rand(3), np.random.rand(3)
+        seed_everything(3)
+        stream = RandomStream(5)
+        with stream:
+            inside = torch.rand(4), np.random.rand(4)
+        assert torch.equal(torch.rand(3), expected[0]) and np.array_equal(np.random.rand(3), expected[1])
+        with RandomStream(5):
+            assert torch.equal(torch.rand(4), inside[0]) and np.array_equal(np.random.rand(4), inside[1])
+
+    def test_states_survive_a_safe_checkpoint(self, tmp_path):
+        stream = RandomStream(1)
+        torch.save({"s": stream.state(), "g": global_state()}, tmp_path / "x")
+        loaded = torch.load(tmp_path / "x", weights_only=True)
+        with stream:
+            expected = np.random.rand(2), torch.rand(2)
+        there = RandomStream(2)
+        there.set_state(loaded["s"])
+        with there:
+            assert np.array_equal(np.random.rand(2), expected[0]) and torch.equal(torch.rand(2), expected[1])
+        expected = np.random.rand(2), torch.rand(2)
+        set_global_state(loaded["g"])
+        assert np.array_equal(np.random.rand(2), expected[0]) and torch.equal(torch.rand(2), expected[1])
+
+
+def test_toy_cases_have_both_classes():
+    for seed in range(6):
+        assert set(np.unique(make_case(seed)[1])) == {0, 1, 2}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -126,8 +130,6 @@ class Dataset:
     def orientation(self, case_files: list[Path]) -> str | None:
         """Axis codes of the first file, such as LPS; None where the format has none."""
         try:
-            import SimpleITK as sitk
-
             reader = sitk.ImageFileReader()
             reader.SetFileName(str(case_files[0]))
             reader.ReadImageInformation()
@@ -159,13 +161,14 @@ def read_images(files: list[Path], plans: PlansManager, num_channels: int) -> tu
     Raises:
         CaseError: naming the file, if it is damaged, 4D, or has voxels that are no numbers.
     """
-    import io
-    from contextlib import redirect_stdout
-
     printed = io.StringIO()
     try:
+        for file in files:
+            _check_nifti(file)
         with redirect_stdout(printed):
             data, properties = plans.image_reader_writer_class().read_images([str(f) for f in files])
+    except CaseError:
+        raise
     except Exception as error:
         reason = " ".join(f"{printed.getvalue()} {error}".split())[:300]
         raise CaseError(f"{files[0]} cannot be read ({reason}). Copy or convert it again, or remove it") from None
@@ -175,10 +178,23 @@ def read_images(files: list[Path], plans: PlansManager, num_channels: int) -> tu
             "channel or time point"
         )
     for channel, file in zip(data, files):
-        bad = int(channel.size - np.isfinite(channel).sum())
-        if bad:
-            raise CaseError(f"{file} has {bad} voxels that are NaN or infinite. Replace them (by 0, say), or remove it")
+        _check_finite(channel, file)
     return data, properties
+
+
+def _check_finite(voxels: np.ndarray, file: Path) -> None:
+    bad = int(voxels.size - np.isfinite(voxels).sum())
+    if bad:
+        raise CaseError(f"{file} has {bad} voxels that are NaN or infinite. Replace them (by 0, say), or remove it")
+
+
+def _check_nifti(file: Path) -> None:
+    """Read a NIfTI file with nibabel, which complains where SimpleITK does not.
+
+    SimpleITK turns NaN into 0 and fills the missing part of a truncated file with anything, without a word.
+    """
+    if file.name.endswith((".nii", ".nii.gz")):
+        _check_finite(np.asanyarray(nibabel.load(file).dataobj), file)
 
 
 def content_hash(data: np.ndarray) -> str:

@@ -72,13 +72,13 @@ def test_equation_8_literally(shape, classes):
 @pytest.mark.parametrize("problems", [1, 3])
 @pytest.mark.parametrize("costs", [(5.0, 1.0), (1.0, 5.0)])
 def test_equation_1_cost_terms_literally(shape, problems, costs):
-    """- sum_k sum_z w_k q_zk log p_zk with two classes k, normalized by the sum of the weights."""
+    """- sum_k sum_z w_k q_zk log p_zk with two classes k, per voxel."""
     logits = torch.randn(2, problems, *shape)
     truth = (torch.rand(2, problems, *shape) < 0.3).float()
     valid = torch.rand(2, 1, *shape) < 0.8
     expected = []
     for problem in range(problems):
-        loss = weights = 0.0
+        loss = count = 0.0
         for b in range(2):
             for v in voxels(shape):
                 if not valid[b, 0][v]:
@@ -87,8 +87,8 @@ def test_equation_1_cost_terms_literally(shape, problems, costs):
                 p = (1 - foreground, foreground)
                 k = int(truth[b, problem][v])
                 loss -= costs[k] * math.log(p[k])
-                weights += costs[k]
-        expected.append(loss / weights)
+                count += 1
+        expected.append(loss / count)
     value = cost_sensitive_bce(logits, truth, valid, *costs)
     assert float(value) == pytest.approx(sum(expected) / problems, rel=1e-5)
 

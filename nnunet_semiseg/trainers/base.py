@@ -272,7 +272,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not stored and not hidden:
             raise ValueError(
                 f"There are no unlabeled cases for {self.configuration_name}: {store} has none, and "
-                f"fold {self.fold} of splits_final.json hides none. Put images into imagesUn and run: {self._preprocess_command}"
+                f"fold {self.fold} of splits_final.json hides none. Put images into imagesUn and run: "
+                f"{self._preprocess_command}"
             )
         self.print_to_log_file(
             f"Unlabeled cases: {len(stored)} from {store.name}, {len(hidden)} with hidden labels", add_timestamp=False

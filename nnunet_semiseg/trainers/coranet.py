@@ -100,9 +100,9 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     features, trained with unequal costs. What both heads call alike is certain. There the student learns from its own
     pseudo labels; elsewhere it follows a mean teacher.
 
-    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1). It goes on until the student finds ``min_recall`` of every
-      class in its labeled patches: a network that does not know a class yet labels it background, is certain of it
-      with both heads, and self-training then makes it final.
+    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1). It goes on until the student finds ``min_recall`` of
+      every class in its labeled patches: a network that does not know a class yet labels it background, is certain
+      of it with both heads, and self-training then makes it final.
     * Phase 2, each step: L_crm + ``certain_weight`` L_c-sn (Eq. 7) + w(t) L_cnt (Eq. 8), then the teacher (Eq. 9).
     * Every ``relabel_every`` steps the student labels new unlabeled patches (Eqs. 2-6); each then serves
       ``label_reuse`` steps. The student sees them in the strong view; labels and teacher use the weak one.
@@ -117,7 +117,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     * The main branch is the plans' segmentation layer, not a head of its own, so that the checkpoint is a plain
       nnU-Net; its loss is nnU-Net's Dice and cross-entropy with deep supervision.
     * Sums over pixels (Eqs. 1, 7, 8) are means over the voxels of the region, so that the weights do not depend on
-      the patch size.
+      the patch size. The code divides the cost terms by the sum of their costs, which leaves the conservative head so
+      little gradient from foreground that it learns to predict none.
     * One step on the sum of the losses, instead of three steps in turn (Algorithm 1).
     * Pseudo labels are the main branch's; the paper's voting among binary networks has nothing to vote on here.
     * Table IV's "seg+mt (mask)" is the mean teacher on the certain region, as its text says.
@@ -190,8 +191,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             self._knows_classes = bool((recall >= self.options.min_recall).all())
             if not self._knows_classes and self.progress >= self.options.pretraining:
                 self.print_to_log_file(
-                    f"Pretraining goes on: recall of the classes on labeled patches is {recall.numpy().round(3)}, below "
-                    f"min_recall={self.options.min_recall}"
+                    f"Pretraining goes on: recall of the classes on labeled patches is {recall.numpy().round(3)}, "
+                    f"min_recall is {self.options.min_recall}"
                 )
         super().on_train_epoch_end(train_outputs)
 
@@ -305,7 +306,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         hard = self.labels.hard(probabilities - 0.5 if self.labels.has_regions else probabilities)
         return hard, self.labels.confidence(probabilities) > CERTAIN_CONFIDENCE
 
-    # ----------------------------------------------------------------------------------------- C-SN and UC-SN, Eqs. 7, 8
+    # --------------------------------------------------------------------------------------- C-SN and UC-SN, Eqs. 7, 8
 
     def unsupervised_loss(self, unlabeled):
         o = self.options

@@ -1,0 +1,251 @@
+"""The commands: trainers, doctor, export, and reading checkpoints safely."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import REPOSITORY, SHORT, make_case, write_image
+
+from nnunet_semiseg import checkpoints, cli
+from nnunet_semiseg.trainers.options import described
+from nnunet_semiseg.trainers.registry import TRAINERS, trainer_classes
+
+
+def test_docs_of_the_trainers_are_current(capsys):
+    assert cli.main(["trainers", "--markdown"]) == 0
+    assert capsys.readouterr().out == (REPOSITORY / "docs" / "trainers.md").read_text(), (
+        "run: nnunet_semiseg trainers --markdown > docs/trainers.md"
+    )
+
+
+def test_table_of_trainers_has_every_option(capsys):
+    assert cli.main(["trainers"]) == 0
+    printed = capsys.readouterr().out
+    for name, trainer in trainer_classes().items():
+        assert name in printed
+        for row in described(trainer.Options):
+            assert row["name"] in printed and row["meaning"] in printed
+    assert cli.main(["trainers", "nnUNetTrainerNone"]) == 1
+
+
+def test_cli_errors_are_one_line(capsys, work):
+    assert cli.main(["preprocess", "-d", "777"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: There is no dataset 777") and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, work):
+    """``trained(trainer, kind, configuration)``: model folder of a run through nnU-Net's own run_training."""
+    from nnunetv2.run.run_training import run_training
+
+    done = {}
+
+    def train(trainer, kind, configuration):
+        key = trainer, kind, configuration
+        if key not in done:
+            dataset = prepared(kind)
+            # nnU-Net takes the device's threads from its entry point, not from here.
+            run_training(dataset, configuration, 0, trainer, "nnUNetPlans_cpu", device=torch.device("cpu"))
+            done[key] = work / "results" / dataset / f"{trainer}__nnUNetPlans_cpu__{configuration}"
+        return done[key]
+
+    return train
+
+
+def predict(model, images, output, code="", **environment):
+    """Stock nnUNetv2_predict_from_modelfolder in a fresh process and another folder."""
+    script = (
+        f"{code}\nfrom nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main\nmain()"
+    )
+    arguments = ["-i", images, "-o", output, "-m", model, "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=output.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+# Makes the project impossible to import, as on a machine that does not have it.
+HIDDEN = """
+import os, sys
+os.environ.pop("nnUNet_extTrainer", None)
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "nnunet_semiseg":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hide())
+for name in [m for m in sys.modules if m.startswith("nnunet_semiseg")]:
+    del sys.modules[name]
+"""
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions", "3d_fullres")])
+def test_export_predicts_the_same_voxels_without_this_project(trained, tmp_path, name, kind, configuration):
+    model = trained(name + SHORT, kind, configuration)
+    images = tmp_path / "images"
+    write_image(make_case(200)[0], images / "new_0000.nii.gz")
+    ours, plain = tmp_path / "ours", tmp_path / "plain"
+    result = predict(model, images, ours)
+    assert result.returncode == 0, result.stderr
+
+    exported = tmp_path / "exported"
+    assert cli.main(["export", "-i", str(model), "-o", str(exported)]) == 0
+    checkpoint = checkpoints.read(exported / "fold_0" / "checkpoint_final.pth")
+    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+    assert set(checkpoint) == {"network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes"}
+    result = predict(exported, images, plain, HIDDEN)
+    assert result.returncode == 0, result.stderr
+    segmentations = [sitk.GetArrayFromImage(sitk.ReadImage(str(f / "new.nii.gz"))) for f in (ours, plain)]
+    assert np.array_equal(*segmentations)
+    # Hiding does hide: the trainer's own folder cannot be used there.
+    assert "Could not find requested nnunet trainer" in predict(model, images, tmp_path / "x", HIDDEN).stderr
+
+
+def test_export_as_zip_is_what_nnunet_installs(trained, tmp_path):
+    model = trained("nnUNetTrainerMeanTeacher" + SHORT, "labels", "2d")
+    assert cli.main(["export", "-i", str(model), "-o", str(tmp_path / "model"), "--zip"]) == 0
+    script = "from nnunetv2.model_sharing.entry_points import install_from_zip_entry_point as main; main()"
+    results = tmp_path / "results"
+    results.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model.zip")],
+        env={**os.environ, "nnUNet_results": str(results)},
+        check=True,
+        capture_output=True,
+    )
+    installed = results / model.parent.name / "nnUNetTrainer__nnUNetPlans_cpu__2d"
+    assert (installed / "fold_0" / "checkpoint_final.pth").is_file() and (installed / "plans.json").is_file()
+    assert len(zipfile.ZipFile(tmp_path / "model.zip").namelist()) == 4
+
+
+def test_export_of_wrong_input(trained, tmp_path, capsys):
+    model = trained("nnUNetTrainerMeanTeacher" + SHORT, "labels", "2d")
+    for arguments, message in (
+        (["-i", str(tmp_path), "-o", str(tmp_path / "o")], "has no plans.json"),
+        (["-i", str(model), "-o", str(tmp_path)], "exists"),
+        (["-i", str(model), "-o", str(tmp_path / "o"), "-chk", "checkpoint_worst.pth"], "No fold of"),
+    ):
+        assert cli.main(["export", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    file = broken / "fold_0" / "checkpoint_final.pth"
+    file.write_bytes(file.read_bytes()[:-5000])
+    assert cli.main(["export", "-i", str(broken), "-o", str(tmp_path / "o")]) == 1
+    assert "checkpoint_final.pth is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("open('exploded', 'w').close()",))
+
+
+def test_crafted_checkpoint_runs_no_code(trained, tmp_path, monkeypatch, capsys, make_trainer):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    shutil.copytree(trained("nnUNetTrainerMeanTeacher" + SHORT, "labels", "2d"), model)
+    file = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = checkpoints.read(file)
+    torch.save({**checkpoint, "extra": Bomb()}, file)
+    assert cli.main(["export", "-i", str(model), "-o", str(tmp_path / "o")]) == 1
+    assert "could run foreign code" in capsys.readouterr().err
+    trainer = make_trainer("nnUNetTrainerMeanTeacher" + SHORT)
+    with pytest.raises(checkpoints.CheckpointError, match="foreign code"):
+        trainer.load_checkpoint(str(file))
+    assert not Path("exploded").exists()
+    # The test's bomb does work where pickle is trusted.
+    pickle.loads(pickle.dumps(Bomb()))
+    assert Path("exploded").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ doctor
+
+
+def test_doctor_finds_everything_in_order(prepared, capsys):
+    prepared("labels")
+    assert cli.main(["doctor", "-d", "801"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "nnunetv2 2.8",
+        "torchvision",
+        "nnUNet_results = ",
+        "nnUNetTrainerCoraNet: ",
+        "6 labeled cases",
+        "4 unlabeled cases, 1 channel(s)",
+        "nnUNetPlans_cpu 2d: 4 unlabeled cases preprocessed",
+        "fold 0: 2 cases with hidden labels",
+        "No problems.",
+    ):
+        assert expected in printed, printed
+
+
+def test_doctor_names_each_bad_case_and_its_cure(prepared, work, capsys):
+    raw = work / "raw" / prepared("labels")
+    unlabeled = raw / "imagesUn"
+    image = make_case(300)[0]
+    bad = {
+        # The voxels of lab_01 under another name, type and compression.
+        "renamed": lambda f: write_image(
+            sitk.GetArrayFromImage(sitk.ReadImage(str(raw / "imagesTr" / "lab_01_0000.nii.gz"))).astype(np.float64), f
+        ),
+        "thick": lambda f: write_image(image, f, (1.0, 1.0, 9.0)),
+        "bright": lambda f: write_image(image * 1000, f),
+        "broken": lambda f: f.write_bytes(b"not an image"),
+    }
+    for name, write in bad.items():
+        write(unlabeled / f"{name}_0000.nii.gz")
+    try:
+        assert cli.main(["doctor", "-d", "801"]) == 1
+        printed = capsys.readouterr().out
+    finally:
+        for name in bad:
+            (unlabeled / f"{name}_0000.nii.gz").unlink()
+    assert "imagesUn/renamed has the same voxels as imagesTr/lab_01" in printed
+    assert "remove renamed from imagesUn" in printed
+    assert "imagesUn/thick: spacing 9 x 1 x 1 mm is far" in printed
+    assert "imagesUn/bright: median intensity" in printed
+    assert "broken_0000.nii.gz cannot be read" in printed
+    assert "2 problem(s)" in printed
+
+
+def test_doctor_without_folders_and_discovery(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
+    script = (
+        "import os, sys; os.environ.pop('nnUNet_extTrainer', None)\n"
+        "from nnunet_semiseg.cli import main; sys.exit(main(['doctor']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 1
+    assert result.stdout.count("is not set") == 3
+    assert "export nnUNet_raw=" in result.stdout and "export nnUNet_extTrainer=" in result.stdout
+    assert "4 problem(s)" in result.stdout
+
+
+def test_doctor_reports_splits_that_name_unknown_cases(prepared, work, capsys):
+    file = work / "preprocessed" / prepared("labels") / "splits_final.json"
+    original = file.read_text()
+    try:
+        file.write_text(json.dumps([{"train": ["lab_00"], "val": ["gone"]}]))
+        assert cli.main(["doctor", "-d", "801"]) == 1
+        assert "'val' names gone" in capsys.readouterr().out
+    finally:
+        file.write_text(original)

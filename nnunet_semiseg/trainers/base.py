@@ -111,7 +111,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             ) from error
         if self.is_ddp and device.type == "cpu":
             # nnU-Net assumes a GPU per rank.
-            self.device = device
+            self.device, self.grad_scaler = device, None
         self.options = build_options(self.Options, self.chosen_options)
         for name, value in self.chosen_schedule.items():
             setattr(self, name, value)

@@ -1,0 +1,189 @@
+"""Ratios of training-step times and memory, all measured in one run.
+
+    python scripts/benchmark_step.py DATASET CONFIGURATION PLANS [--steps 20] [--device cpu]
+
+The dataset has to be preprocessed, unlabeled cases included. Batches are taken from the loaders before the clock runs,
+so that the figures are of the step itself. Steps of the trainers take turns, and medians are compared, so that a change
+in the machine's load falls on all of them.
+
+* Mean Teacher's step against the sum of its parts: stock step on the labeled patches + stock step on unlabeled patches
+  + one teacher forward pass.
+* CoraNet's step against Mean Teacher's, relabeling apart; and with its share of a relabeling.
+* EMA update against Mean Teacher's step.
+* Peak memory against stock, as whole processes (one each): added memory is compared with the companions' weights.
+* Inference time of the checkpoint's network against stock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("nnUNet_compile", "f")
+os.environ["nnUNet_n_proc_DA"] = "0"
+
+import torch  # noqa: E402
+from nnunetv2.run.run_training import get_trainer_from_args  # noqa: E402
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa: E402
+
+SETTINGS = "_num_iterations_per_epoch=100000_1epochs_seed=1"
+NAMES = {
+    "stock": f"nnUNetTrainerMeanTeacher{SETTINGS}_consistency_weight=0",
+    "MeanTeacher": f"nnUNetTrainerMeanTeacher{SETTINGS}_warm_up=0",
+    "CoraNet": f"nnUNetTrainerCoraNet{SETTINGS}_pretraining=0_min_recall=0_relabel_every=100000_label_reuse=50000",
+}
+
+
+def start(args, name):
+    trainer = get_trainer_from_args(
+        args.dataset, args.configuration, 0, NAMES[name], args.plans, False, torch.device(args.device)
+    )
+    trainer.print_to_log_file = lambda *a, **k: None
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function, device):
+    synchronize(device)
+    begin = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def peak_of(args, name):
+    """Peak memory in MB of a process that takes four steps, and of the companions' weights."""
+    trainer = start(args, name)
+    for _ in range(4):
+        trainer.train_step(next(trainer.dataloader_train))
+    companions = sum(p.numel() * p.element_size() for p in trainer.companions.parameters())
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print("PEAK", json.dumps([peak / 2**20, companions / 2**20]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("configuration")
+    parser.add_argument("plans")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak_of:
+        peak_of(args, args.peak_of)
+        return
+
+    os.environ["nnUNet_results"] = tempfile.mkdtemp()
+    trainers = {name: start(args, name) for name in NAMES}
+    stock, mean_teacher, coranet = trainers.values()
+    labeled = next(stock.dataloader_train)
+    drawn = mean_teacher.draw_unlabeled()
+    # A stock step on unlabeled patches: the same work as on labeled ones, whatever the target.
+    as_labeled = {**labeled, "data": drawn["strong"]}
+    for trainer in trainers.values():
+        trainer.draw_unlabeled = lambda: drawn
+    weak = drawn["weak"].to(args.device)
+
+    def teacher_forward():
+        with torch.no_grad(), mean_teacher.autocast():
+            mean_teacher.teacher_network(weak)
+
+    pieces = {
+        "stock step, labeled": lambda: nnUNetTrainer.train_step(stock, labeled),
+        "stock step, unlabeled": lambda: nnUNetTrainer.train_step(stock, as_labeled),
+        "teacher forward": teacher_forward,
+        "Mean Teacher step": lambda: mean_teacher.train_step(labeled),
+        "CoraNet step": lambda: coranet.train_step(labeled),
+        "EMA update": lambda: mean_teacher.teacher.update(mean_teacher.student),
+        "CoraNet labels a batch": coranet._labeled_batch,
+    }
+    times = {name: [] for name in pieces}
+    for i in range(args.steps + 2):
+        for name, function in pieces.items():
+            elapsed = timed(function, args.device)
+            if i >= 2:
+                times[name].append(elapsed)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    print("\n| part | median, ms |\n|---|---|")
+    for name, value in median.items():
+        print(f"| {name} | {1000 * value:.1f} |")
+    parts = sum(median[name] for name in list(pieces)[:3])
+    reuse = coranet.Options().label_reuse
+    rows = [
+        ("Mean Teacher step / sum of its parts", median["Mean Teacher step"] / parts, 1.05),
+        (
+            "CoraNet step / Mean Teacher step, relabeling apart",
+            median["CoraNet step"] / median["Mean Teacher step"],
+            1.10,
+        ),
+        (
+            f"the same with its share of a relabeling (label_reuse={reuse})",
+            (median["CoraNet step"] + median["CoraNet labels a batch"] / reuse) / median["Mean Teacher step"],
+            None,
+        ),
+        ("EMA update / Mean Teacher step", median["EMA update"] / median["Mean Teacher step"], 0.02),
+    ]
+    rows += inference(args, stock, coranet) + memory(args)
+    print("\n| ratio | measured | at most |\n|---|---|---|")
+    for name, ratio, limit in rows:
+        print(f"| {name} | {ratio:.3f} | {limit or ''} |")
+
+
+def inference(args, stock, coranet):
+    """The network that a checkpoint holds is the plans' own, so it costs what stock's costs."""
+    data = torch.rand(1, stock.num_input_channels, *stock.configuration_manager.patch_size, device=args.device)
+    times = {"stock": [], "CoraNet": []}
+    networks = {"stock": stock.network, "CoraNet": coranet.predicting_network()}
+    for network in networks.values():
+        network.eval()
+        network.decoder.deep_supervision = False
+    with torch.no_grad():
+        for _ in range(max(args.steps, 20)):
+            for name, network in networks.items():
+                times[name].append(timed(lambda network=network: network(data), args.device))
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    return [
+        (
+            "inference time, CoraNet / stock",
+            statistics.median(times["CoraNet"]) / statistics.median(times["stock"]),
+            None,
+        ),
+        ("inference weights, CoraNet / stock", sizes["CoraNet"] / sizes["stock"], None),
+    ]
+
+
+def memory(args):
+    peaks = {}
+    for name in NAMES:
+        output = subprocess.run(
+            [sys.executable, *sys.argv, "--peak-of", name], capture_output=True, text=True, check=True
+        )
+        line = next(line for line in output.stdout.splitlines() if line.startswith("PEAK"))
+        peaks[name] = json.loads(line.split(maxsplit=1)[1])
+    stock = peaks["stock"][0]
+    return [
+        (f"peak memory, {name} without its companions' weights / stock", (peak - companions) / stock, 1.2)
+        for name, (peak, companions) in peaks.items()
+        if name != "stock"
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Two processes on the CPU: the same weights on both ranks, learned from different patches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_frame import short
+
+WORKER = """
+import functools, sys
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as stock
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+dataset, name, output = sys.argv[1:]
+dist.init_process_group("gloo")
+# nnU-Net's launcher is for GPUs alone: it names one to DistributedDataParallel.
+ddp = stock.DDP
+stock.DDP = lambda network, device_ids: ddp(network)
+LocalLogger.plot_progress_png = lambda self, folder: None
+trainer = get_trainer_from_args(dataset, "2d", 0, name, "nnUNetPlans_cpu", False, torch.device("cpu"))
+keys = []
+trainer.initialize()
+start = torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
+step = trainer.train_step
+trainer.train_step = lambda batch: keys.extend(map(str, batch["data"].flatten()[:3].tolist())) or step(batch)
+trainer.run_training()
+torch.save({
+    "start": start,
+    "student": torch.cat([p.detach().flatten() for p in trainer.network.parameters()]),
+    "companions": trainer.companions.state_dict(),
+    "batches": keys,
+    "batch_size": trainer.batch_size,
+    "log": {k: v for k, v in trainer._logged().items()},
+}, f"{output}/rank{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerMeanTeacher", "nnUNetTrainerCoraNet"])
+def test_two_ranks_stay_equal(prepared, tmp_path, name):
+    dataset = prepared("labels")
+    trainer = short(name)
+    environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(29600 + len(name)), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, dataset, trainer, str(tmp_path)],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output[-3000:]
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    assert torch.equal(one["start"], two["start"])
+    assert torch.equal(one["student"], two["student"])
+    assert not torch.equal(one["start"], one["student"])
+    for key, value in one["companions"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, two["companions"][key]), key
+    assert one["batches"] != two["batches"]
+    assert one["batch_size"] + two["batch_size"] >= 2
+    assert one["log"]["consistency"] == two["log"]["consistency"]
+    folder = Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__nnUNetPlans_cpu__2d" / "fold_0"
+    assert (folder / "checkpoint_final.pth").is_file()

@@ -454,3 +454,24 @@ def test_residual_encoder_plans(started, make_trainer, prepared, work):
 def test_an_initialized_trainer_has_no_unpicklable_options(make_trainer):
     trainer = make_trainer(short("nnUNetTrainerCoraNet"))
     assert pickle.loads(pickle.dumps(trainer.options)) == trainer.options
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_compiled_networks_train_and_leave_plain_weights(make_trainer, monkeypatch, name):
+    """nnU-Net compiles on CUDA only; here it is made to, with a compiler that keeps the operations as they are."""
+    from functools import partial
+
+    from torch._dynamo import OptimizedModule
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    trainer = make_trainer(short(name))
+    trainer._do_i_compile = lambda: True
+    run_until(trainer, epoch=1)
+    assert isinstance(trainer.network, OptimizedModule) and isinstance(trainer.teacher_network, OptimizedModule)
+    assert trainer._non_finite_total == 0
+    checkpoint = checkpoints.read(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    keys = [*checkpoint["network_weights"], *checkpoint["semiseg_state"]["companions"]]
+    assert not [key for key in keys if "_orig_mod" in key]
+    plain = make_trainer(short(name), continue_training=True)
+    plain.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    assert torch.equal(flat(plain.network), flat(trainer.network))

@@ -54,7 +54,7 @@ class CoraNetOptions(FrameOptions):
     passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
     pretraining: float = option(0.2, "share of the run that trains on labeled data only", low=0.0, high=1.0)
     min_recall: float = option(
-        0.3, "recall of every class on labeled patches without which pretraining goes on", low=0.0, high=1.0
+        0.5, "recall of every class on labeled patches without which pretraining goes on", low=0.0, high=1.0
     )
     certain_weight: float = option(1.0, "weight of self-training on the certain region", low=0.0)
     pseudo_dice: float = option(1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0)

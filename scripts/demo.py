@@ -110,53 +110,17 @@ def table(vanilla: str, coranet: str) -> None:
         print(f"{name:{width}}  {x:7.3f}  {y:7.3f}  {y - x:+10.3f}")
 
 
-def uncertain_slice(fold: Path, image_files: list[str], slice_index: int) -> np.ndarray:
-    """Where CoraNet's two heads disagree in one slice of a case: bool, in the grid of the file (2d, same spacing)."""
-    import torch
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-    from torch.nn.functional import pad
+def uncertain_slice(model, image_files: list[str], slice_index: int) -> np.ndarray:
+    """Where CoraNet's two heads disagree in one slice: (Y, X) bool, in the file's grid after nnU-Net's transpose."""
+    from skimage.transform import resize
 
-    from nnunet_semiseg import checkpoints
-    from nnunet_semiseg.losses.uncertainty import agreement
-    from nnunet_semiseg.networks.features import forward_with_features
-    from nnunet_semiseg.networks.heads import FeatureHead
-
-    plans = PlansManager(str(fold.parent / "plans.json"))
-    configuration = plans.get_configuration("2d")
-    dataset_json = json.loads((fold.parent / "dataset.json").read_text())
-    labels = plans.get_label_manager(dataset_json)
-    checkpoint = checkpoints.read(fold / "checkpoint_final.pth")
-    network = nnUNetTrainer.build_network_architecture(
-        plans, configuration, len(dataset_json["channel_names"]), labels.num_segmentation_heads, False
-    )
-    network.load_state_dict(checkpoint["network_weights"])
-    heads = {}
-    for name in ("conservative", "radical"):
-        prefix = f"heads.{name}."
-        heads[name] = FeatureHead(network, labels.num_segmentation_heads - (not labels.has_regions))
-        state = checkpoint[checkpoints.STATE_KEY]["companions"]
-        heads[name].load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-    data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
-        image_files, None, plans, configuration, dataset_json
-    )
+    data, _, properties = model.preprocess(image_files)
     (z0, z1), (y0, y1), (x0, x1) = properties["bbox_used_for_cropping"]
     result = np.zeros(properties["shape_before_cropping"][1:], dtype=bool)
-    if not z0 <= slice_index < z1:
-        return result
-    image = torch.from_numpy(data[None, :, slice_index - z0])
-    size = image.shape[2:]
-    divisor = np.prod(configuration.pool_op_kernel_sizes, axis=0)
-    padding = [int(-s % d) for s, d in zip(size, divisor)]
-    with torch.no_grad():
-        _, features = forward_with_features(network.eval(), pad(image, (0, padding[1], 0, padding[0])))
-        certain = agreement(heads["conservative"](features), heads["radical"](features))
-    uncertain = ~certain[0, 0, : size[0], : size[1]].numpy()
-    if size != (y1 - y0, x1 - x0):
-        from skimage.transform import resize
-
-        uncertain = resize(uncertain.astype(float), (y1 - y0, x1 - x0), order=0) > 0.5
-    result[y0:y1, x0:x1] = uncertain
+    if z0 <= slice_index < z1:
+        # The 2d configuration keeps the slices; within them the image may have been resampled.
+        uncertain = ~model(data[:, slice_index - z0, None])[-1][0, 0].numpy()
+        result[y0:y1, x0:x1] = resize(uncertain.astype(float), (y1 - y0, x1 - x0), order=0) > 0.5
     return result
 
 
@@ -166,11 +130,12 @@ def picture(held: str, vanilla: str, coranet: str, fold: str, target: str) -> No
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from mask_quality import TrainedCoraNet
 
     held, vanilla, coranet, fold = map(Path, (held, vanilla, coranet, fold))
-    ending = json.loads((fold.parent / "dataset.json").read_text())["file_ending"]
-    plans = PlansManager(str(fold.parent / "plans.json"))
+    model = TrainedCoraNet(fold)
+    plans = model.plans
+    ending = model.dataset_json["file_ending"]
     reader = plans.image_reader_writer_class()
     # Slices of the 2d configuration run along the first axis after nnU-Net's transpose.
     order = [0, *(axis + 1 for axis in plans.transpose_forward)]
@@ -187,7 +152,7 @@ def picture(held: str, vanilla: str, coranet: str, fold: str, target: str) -> No
         z = int(np.argmax((truth > 0).sum((1, 2))))
         # One color per label, whatever their number.
         colors = plt.get_cmap("tab10")
-        for axis, title, labels in zip(row, titles, (None, truth[z], a[z], b[z], uncertain_slice(fold, files, z))):
+        for axis, title, labels in zip(row, titles, (None, truth[z], a[z], b[z], uncertain_slice(model, files, z))):
             axis.imshow(image[z], cmap="gray", origin="lower")
             if labels is not None:
                 shown = np.zeros((*labels.shape, 4))

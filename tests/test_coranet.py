@@ -208,8 +208,8 @@ def test_all_certain_and_all_uncertain_batches_are_finite(started, certain, kind
 
 
 def test_conservative_foreground_lies_inside_of_radical_foreground_after_training(started):
-    trainer = started(f"{NAME}_setting=seg_num_iterations_per_epoch=300_1epochs_seed=3_initial_lr=0.04")
-    train_steps(trainer, 300)
+    trainer = started(f"{NAME}_setting=seg_num_iterations_per_epoch=200_1epochs_seed=3")
+    train_steps(trainer, 200)
     images = torch.cat([next(trainer.dataloader_val)["data"] for _ in range(3)])
     with torch.no_grad():
         _, features = forward_with_features(trainer.network, images)

@@ -10,7 +10,7 @@ import torch
 
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.losses.consistency import masked_squared_distance, probability_mse
-from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce
+from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce, cost_sensitive_dice
 from nnunet_semiseg.losses.pseudo_labels import MaskedSegmentationLoss
 from nnunet_semiseg.losses.ramps import gaussian_ramp_up, ramp_up_between
 from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce, small_deviation
@@ -72,7 +72,7 @@ def test_equation_8_literally(shape, classes):
 @pytest.mark.parametrize("problems", [1, 3])
 @pytest.mark.parametrize("costs", [(5.0, 1.0), (1.0, 5.0)])
 def test_equation_1_cost_terms_literally(shape, problems, costs):
-    """- sum_k sum_z w_k q_zk log p_zk with two classes k, per voxel."""
+    """- sum_k sum_z w_k q_zk log p_zk with two classes k, per voxel, costs scaled to a mean of 1."""
     logits = torch.randn(2, problems, *shape)
     truth = (torch.rand(2, problems, *shape) < 0.3).float()
     valid = torch.rand(2, 1, *shape) < 0.8
@@ -86,11 +86,35 @@ def test_equation_1_cost_terms_literally(shape, problems, costs):
                 foreground = 1 / (1 + math.exp(-float(logits[b, problem][v])))
                 p = (1 - foreground, foreground)
                 k = int(truth[b, problem][v])
-                loss -= costs[k] * math.log(p[k])
+                loss -= 2 * costs[k] / sum(costs) * math.log(p[k])
                 count += 1
         expected.append(loss / count)
     value = cost_sensitive_bce(logits, truth, valid, *costs)
     assert float(value) == pytest.approx(sum(expected) / problems, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("costs", [(5.0, 1.0), (1.0, 5.0), (1.0, 1.0)])
+def test_cost_sensitive_dice_literally(shape, costs):
+    logits = torch.randn(2, 2, *shape)
+    truth = (torch.rand(2, 2, *shape) < 0.3).float()
+    valid = torch.rand(2, 1, *shape) < 0.8
+    losses = []
+    for k in range(2):
+        hit = positive_errors = negative_errors = 0.0
+        for b in range(2):
+            for v in voxels(shape):
+                if valid[b, 0][v]:
+                    p, y = float(logits[b, k][v].sigmoid()), float(truth[b, k][v])
+                    hit += p * y
+                    positive_errors += p * (1 - y)
+                    negative_errors += (1 - p) * y
+        errors = (costs[0] * positive_errors + costs[1] * negative_errors) / sum(costs)
+        losses.append(1 - hit / (hit + errors))
+        if costs == (1.0, 1.0):
+            dice = 2 * hit / (2 * hit + positive_errors + negative_errors)
+            assert losses[-1] == pytest.approx(1 - dice)
+    assert float(cost_sensitive_dice(logits, truth, valid, *costs)) == pytest.approx(sum(losses) / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -184,6 +208,7 @@ def test_masks_of_no_voxels_give_a_finite_loss_with_a_graph():
     values = [
         masked_squared_distance(p, torch.rand_like(p), nothing),
         cost_sensitive_bce(logits, torch.zeros_like(logits), nothing, 5.0, 1.0),
+        cost_sensitive_dice(logits, torch.zeros_like(logits), nothing, 5.0, 1.0),
         MaskedSegmentationLoss(adapter(3), True, 1.0)(logits, hard, nothing),
         heteroscedastic_bce(logits, logits.exp(), torch.zeros_like(logits), nothing, torch.randn(2, *logits.shape)),
     ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnunet_semiseg.losses.consistency import masked_squared_distance
-from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce
+from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce, cost_sensitive_dice
 from nnunet_semiseg.losses.pseudo_labels import MaskedSegmentationLoss
 from nnunet_semiseg.losses.ramps import ramp_up_between
 from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce, small_deviation
@@ -54,14 +54,16 @@ class CoraNetOptions(FrameOptions):
     passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
     pretraining: float = option(0.2, "share of the run that trains on labeled data only", low=0.0, high=1.0)
     min_recall: float = option(
-        0.5, "recall of every class on labeled patches without which pretraining goes on", low=0.0, high=1.0
+        0.3,
+        "recall of each class's certain labels on labeled patches, before which pretraining goes on",
+        low=0.0,
+        high=1.0,
     )
-    certain_weight: float = option(1.0, "weight of self-training on the certain region", low=0.0)
+    cost_dice: float = option(1.0, "weight of cost-sensitive Dice beside the heads' cross-entropy", low=0.0)
+    certain_weight: float = option(0.3, "largest weight of self-training on the certain region", low=0.0)
     pseudo_dice: float = option(1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0)
-    consistency_weight: float = option(1.0, "largest weight of the consistency on the uncertain region", low=0.0)
-    ramp_up: float = option(
-        0.2, "share of the run over which the consistency rises, after pretraining", low=0.0, high=1.0
-    )
+    consistency_weight: float = option(0.3, "largest weight of the consistency on the uncertain region", low=0.0)
+    ramp_up: float = option(0.2, "share of the run over which both weights rise, after pretraining", low=0.0, high=1.0)
     all_heads: bool = option(False, "self-training and consistency on the two cost heads as well")
     relabel_every: int = option(50, "steps between two relabelings; also at the start of an epoch", low=1)
     label_reuse: int = option(5, "steps that train on a labeled patch before it is replaced", low=1)
@@ -73,6 +75,7 @@ CoraNetOptions.PRESETS = {
     "paper": dict(
         pretraining=0.23,
         min_recall=0.0,
+        cost_dice=0.0,
         certain_weight=1.0,
         pseudo_dice=0.0,
         consistency_weight=1.0,
@@ -84,6 +87,7 @@ CoraNetOptions.PRESETS = {
     "code": dict(
         pretraining=0.23,
         min_recall=0.0,
+        cost_dice=0.0,
         certain_weight=0.5,
         pseudo_dice=1.0,
         consistency_weight=0.2,
@@ -100,10 +104,11 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     features, trained with unequal costs. What both heads call alike is certain. There the student learns from its own
     pseudo labels; elsewhere it follows a mean teacher.
 
-    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1). It goes on until the student finds ``min_recall`` of
-      every class in its labeled patches: a network that does not know a class yet labels it background, is certain
-      of it with both heads, and self-training then makes it final.
-    * Phase 2, each step: L_crm + ``certain_weight`` L_c-sn (Eq. 7) + w(t) L_cnt (Eq. 8), then the teacher (Eq. 9).
+    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1). It goes on until, in labeled patches, ``min_recall`` of
+      every class is labeled correctly and with certainty. Before that, the certain region is background alone, and
+      self-training teaches just that.
+    * Phase 2, each step: L_crm + v(t) L_c-sn (Eq. 7) + w(t) L_cnt (Eq. 8), then the teacher (Eq. 9). Both weights rise
+      over ``ramp_up`` of the run to ``certain_weight`` and ``consistency_weight``.
     * Every ``relabel_every`` steps the student labels new unlabeled patches (Eqs. 2-6); each then serves
       ``label_reuse`` steps. The student sees them in the strong view; labels and teacher use the weak one.
 
@@ -122,6 +127,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     * One step on the sum of the losses, instead of three steps in turn (Algorithm 1).
     * Pseudo labels are the main branch's; the paper's voting among binary networks has nothing to vote on here.
     * Table IV's "seg+mt (mask)" is the mean teacher on the certain region, as its text says.
+    * The heads have cost-sensitive Dice beside the cross-entropy (``cost_dice``), as nnU-Net's own loss has Dice: with
+      the cross-entropy alone, the conservative head had found no foreground after 2000 steps (docs/results.md).
     * The heads are a quarter as wide as the features they read.
     """
 
@@ -191,7 +198,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             self._knows_classes = bool((recall >= self.options.min_recall).all())
             if not self._knows_classes and self.progress >= self.options.pretraining:
                 self.print_to_log_file(
-                    f"Pretraining goes on: recall of the classes on labeled patches is {recall.numpy().round(3)}, "
+                    f"Pretraining goes on: certain recall of the classes on labeled patches is {recall.numpy().round(3)}, "
                     f"min_recall is {self.options.min_recall}"
                 )
         super().on_train_epoch_end(train_outputs)
@@ -216,11 +223,17 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             heads = self._run_heads(features)
         foreground, valid = self.labels.one_vs_rest(full_resolution(target))
         if not self._knows_classes:
-            predicted, _ = self.labels.one_vs_rest(self.labels.hard(full_resolution(outputs).detach()))
-            axes = [0, *range(2, foreground.ndim)]
-            present = foreground * valid
-            self._recall_counts += torch.stack(((predicted * present).sum(axes), present.sum(axes)))
+            self._count_recall(full_resolution(outputs).detach(), heads, foreground * valid)
         return terms | self._head_losses(heads, foreground, valid, "")
+
+    @torch.no_grad()
+    def _count_recall(self, logits: torch.Tensor, heads: dict, present: torch.Tensor) -> None:
+        """Count the labeled voxels of each class, and those of them that self-training would teach as that class."""
+        taught, _ = self.labels.one_vs_rest(self.labels.hard(logits))
+        if "conservative" in heads:
+            taught = taught * agreement(heads["conservative"], heads["radical"])
+        axes = [0, *range(2, present.ndim)]
+        self._recall_counts += torch.stack(((taught * present).sum(axes), present.sum(axes)))
 
     def _run_heads(self, features: torch.Tensor, name: str = "heads") -> dict[str, torch.Tensor]:
         """(B, K, *) logits of each head."""
@@ -234,10 +247,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         if "conservative" in heads:
             alpha = self.options.alpha
             return {
-                f"conservative{suffix}": Term(
-                    cost_sensitive_bce(heads["conservative"], foreground, valid, alpha, 1.0), weight
-                ),
-                f"radical{suffix}": Term(cost_sensitive_bce(heads["radical"], foreground, valid, 1.0, alpha), weight),
+                f"{name}{suffix}": Term(self._cost_loss(heads[name], foreground, valid, *costs), weight)
+                for name, costs in (("conservative", (alpha, 1.0)), ("radical", (1.0, alpha)))
             }
         if "deviation" in heads:
             with self.random_stream:
@@ -246,6 +257,12 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             loss = heteroscedastic_bce(heads["mean"], deviation, foreground, valid, noise)
             return {"aleatoric": Term(loss, weight)}
         return {}
+
+    def _cost_loss(self, *arguments) -> torch.Tensor:
+        loss = cost_sensitive_bce(*arguments)
+        if self.options.cost_dice > 0:
+            loss = loss + self.options.cost_dice * cost_sensitive_dice(*arguments)
+        return loss
 
     # --------------------------------------------------------------------------------------- pseudo labels, Eqs. 2 to 6
 
@@ -327,12 +344,14 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         student = full_resolution(outputs)
 
         terms = {}
+        # From 0 at the start of phase 2: SGD with momentum 0.99 takes a jump in the loss badly.
+        ramp = ramp_up_between(self.progress, self._start, o.ramp_up)
         if self_training is not None and o.certain_weight > 0:
-            terms["certain"] = Term(self._certain_loss(student, hard, self_training), o.certain_weight)
-            terms |= self._head_losses(heads, foreground, valid & self_training, "_certain", o.certain_weight)
+            terms["certain"] = Term(self._certain_loss(student, hard, self_training), o.certain_weight * ramp)
+            terms |= self._head_losses(heads, foreground, valid & self_training, "_certain", o.certain_weight * ramp)
         if mean_teacher is not None and o.consistency_weight > 0:
-            weight = o.consistency_weight * ramp_up_between(self.progress, self._start, o.ramp_up)
-            terms["consistency"] = Term(self._consistency(student, heads, unlabeled["weak"], mean_teacher), weight)
+            consistency = self._consistency(student, heads, unlabeled["weak"], mean_teacher)
+            terms["consistency"] = Term(consistency, o.consistency_weight * ramp)
         if not terms:
             terms["certain"] = Term(student.sum() * 0.0, 0.0)
         return terms

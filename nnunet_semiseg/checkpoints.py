@@ -10,12 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+try:
+    from numpy._core import multiarray
+except ImportError:  # NumPy 1
+    from numpy.core import multiarray
+
 # What nnU-Net's own checkpoints hold beyond tensors and plain Python: NumPy scalars and arrays in the logs.
 _SAFE_GLOBALS = [
     np.dtype,
     np.ndarray,
-    np._core.multiarray.scalar,
-    np._core.multiarray._reconstruct,
+    multiarray.scalar,
+    multiarray._reconstruct,
     *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U")},
 ]
 STATE_KEY = "semiseg_state"
@@ -49,8 +54,13 @@ def read(file: str | os.PathLike, map_location="cpu") -> dict:
         raise CheckpointError(f"{file} is damaged or cut off: {str(error).splitlines()[0]}") from None
 
 
-def write(checkpoint: dict, file: str | os.PathLike) -> None:
+def write(checkpoint: dict, file: str | os.PathLike, former: Path | None = None) -> None:
     """Write a checkpoint under a temporary name, then rename: under ``file`` there is always a complete one.
+
+    Args:
+        checkpoint: What to write.
+        file: Where.
+        former: Name under which the checkpoint that is replaced is kept.
 
     Raises:
         OSError: if it cannot be written; a checkpoint that was there before is untouched.
@@ -62,6 +72,12 @@ def write(checkpoint: dict, file: str | os.PathLike) -> None:
             torch.save(checkpoint, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if former is not None and file.is_file():
+            former.unlink(missing_ok=True)
+            try:
+                os.link(file, former)
+            except OSError:  # a file system without links
+                os.replace(file, former)
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)

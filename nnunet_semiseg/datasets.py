@@ -119,8 +119,9 @@ class Dataset:
                 f"{path} holds no images. Put the unlabeled ones there, named CASE_0000{self.file_ending}"
             )
         for case, channels in cases.items():
+            # One file may hold all channels, as RGB images do.
             expected = [f"{case}_{i:04d}{self.file_ending}" for i in range(self.num_channels)]
-            if [p.name for p in channels] != expected:
+            if [p.name for p in channels] not in (expected, expected[:1]):
                 raise CaseError(
                     f"Case {case} in {path} has the channels {', '.join(p.name for p in channels)}, but the dataset "
                     f"has {self.num_channels}: {', '.join(expected)}"
@@ -174,8 +175,8 @@ def read_images(files: list[Path], plans: PlansManager, num_channels: int) -> tu
         raise CaseError(f"{files[0]} cannot be read ({reason}). Copy or convert it again, or remove it") from None
     if len(data) != num_channels:
         raise CaseError(
-            f"{files[0]} holds {len(data)} volumes instead of one (a 4D image?). Split it into one file for each "
-            "channel or time point"
+            f"{files[0]} holds {len(data)} channel(s) or volumes, but the dataset has {num_channels} channel(s). Split "
+            "a 4D image into one file for each time point, and give one file for each channel"
         )
     for channel, file in zip(data, files):
         _check_finite(channel, file)

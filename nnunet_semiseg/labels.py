@@ -61,6 +61,14 @@ class LabelAdapter:
         valid = torch.ones_like(target, dtype=torch.bool) if self.ignore_label is None else target != self.ignore_label
         return (target == classes).float(), valid
 
+    def is_foreground(self, hard: torch.Tensor) -> torch.Tensor:
+        """(B, 1, *) bool: any foreground class in a hard prediction."""
+        return hard.any(1, keepdim=True) if self.has_regions else hard > 0
+
+    def is_class(self, hard: torch.Tensor, k: int) -> torch.Tensor:
+        """(B, *) bool: the k-th of the K foreground classes or regions in a hard prediction."""
+        return hard[:, k] if self.has_regions else hard[:, 0] == k + 1
+
     def masked_target(self, hard: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """A hard prediction that is ignored outside of ``mask``, for a loss built with an ignore label.
 

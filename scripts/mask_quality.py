@@ -43,9 +43,11 @@ class TrainedCoraNet:
         self.network = nnUNetTrainer.build_network_architecture(
             self.plans, self.configuration, len(self.dataset_json["channel_names"]), self.labels.num_outputs, False
         ).eval()
-        self.network.load_state_dict(content["network_weights"])
+        # The heads are the student's; network_weights may be the teacher.
+        state = content[checkpoints.STATE_KEY]
+        self.network.load_state_dict(state.get("student", content["network_weights"]))
         self.heads = {}
-        state = content[checkpoints.STATE_KEY]["companions"]
+        state = state["companions"]
         for name in ("conservative", "radical"):
             prefix = f"heads.{name}."
             self.heads[name] = FeatureHead(self.network, self.labels.num_foreground)

@@ -55,7 +55,7 @@ def cut_off(file):
     "write, complaint",
     [
         (with_nan, "bad_0000.nii.gz has 3 voxels that are NaN or infinite. Replace"),
-        (four_d, "bad_0000.nii.gz holds 3 volumes instead of one (a 4D image?). Split"),
+        (four_d, "bad_0000.nii.gz holds 3 channel(s) or volumes, but the dataset has 1 channel(s). Split a 4D image"),
         (cut_off, "bad_0000.nii.gz cannot be read"),
         (lambda f: f.write_bytes(b""), "bad_0000.nii.gz cannot be read"),
     ],
@@ -219,6 +219,7 @@ def test_cases_preprocessed_with_other_plans(raw, store, work, make_trainer, cap
     "split, complaint",
     [
         ({"train": ["lab_00"], "val": ["lab_05"], "unlabeled": ["lab_99"]}, "'unlabeled' names lab_99, which is not"),
+        ({"train": ["gone"], "val": ["lab_05"]}, "'train' names gone, which is not"),
         ({"train": ["lab_00"], "val": ["lab_05"], "unlabeled": ["lab_05"]}, "lab_05 is in 'unlabeled' and in 'val'"),
         ({"train": [], "val": ["lab_05"]}, "Fold 0 has no labeled training cases"),
     ],
@@ -282,11 +283,11 @@ def test_case_both_labeled_and_unlabeled(prepared, work, make_trainer):
 def test_full_disk_during_a_checkpoint_keeps_the_last_one(make_trainer):
     trainer = make_trainer("nnUNetTrainerMeanTeacher" + SHORT)
     run_until(trainer, epoch=1)
-    file = Path(trainer.output_folder) / "checkpoint_best.pth"
+    file = Path(trainer.output_folder) / "checkpoint_latest.pth"
     before = file.read_bytes()
     limits = no_large_files()
     try:
-        with pytest.raises(OSError, match="checkpoint_best.pth could not be written.*free some space"):
+        with pytest.raises(OSError, match="checkpoint_latest.pth could not be written.*free some space"):
             trainer.save_checkpoint(str(file))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -309,6 +310,7 @@ def test_truncated_latest_checkpoint_falls_back_to_the_one_before(make_trainer):
     log = "".join(f.read_text() for f in folder.glob("training_log*"))
     assert "checkpoint_latest.pth is damaged" in log
     assert "Continuing from checkpoint_previous.pth instead, at epoch 1" in log
+    assert (folder / "checkpoint_latest.pth.damaged").is_file() and not latest.exists()
 
 
 def test_every_checkpoint_truncated(make_trainer):

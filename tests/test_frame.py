@@ -327,6 +327,24 @@ def test_non_finite_term_skips_the_step_and_many_abort_with_the_cases(started):
         train_steps(trainer, 1)
 
 
+def test_gradient_that_is_not_finite_skips_the_step_too(started):
+    trainer = started(short("nnUNetTrainerMeanTeacher"))
+    train_steps(trainer, 1)
+    before = flat(trainer.network).clone()
+    original = trainer.unsupervised_loss
+
+    def poisoned(batch):
+        terms = original(batch)
+        # Finite, with an infinite slope.
+        weight = next(trainer.network.parameters())
+        return {**terms, "steep": Term(torch.sqrt((weight - weight.detach()).square().sum()), 1.0)}
+
+    trainer.unsupervised_loss = poisoned
+    result = trainer.train_step(next(trainer.dataloader_train))
+    assert torch.equal(before, flat(trainer.network)) and trainer._non_finite_total == 1
+    assert np.isfinite(result["loss"])
+
+
 def test_log_csv_and_figure_have_every_epoch(make_trainer):
     trainer = make_trainer(short("nnUNetTrainerCoraNet"))
     trainer.run_training()

@@ -11,13 +11,14 @@ def __getattr__(name):
     # Also asked for __path__, __file__ and the like; only trainer names are worth the import.
     if not name.startswith("nnUNetTrainer"):
         raise AttributeError(name)
-    from nnunet_semiseg.trainers.options import OptionError
-    from nnunet_semiseg.trainers.registry import find_trainer
-
     try:
+        from nnunet_semiseg.trainers.registry import find_trainer
+
         trainer = find_trainer(name)
-    except OptionError as error:
-        print(f"nnunet_semiseg: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        # A wrong option, or an install that does not import: nnU-Net itself would only say "not found".
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        print(f"nnunet_semiseg: {reason}", file=sys.stderr, flush=True)
         trainer = None
     if trainer is None:
         raise AttributeError(name)

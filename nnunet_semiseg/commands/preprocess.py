@@ -98,8 +98,8 @@ def _preprocess(dataset: Dataset, args, configuration_name: str, store: Path, im
     unfinished = store.with_name(store.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    reference = next(iter(dataset.images("imagesTr").values()), None) if (dataset.raw / "imagesTr").is_dir() else None
-    orientation = dataset.orientation(reference) if reference else None
+    labeled = sorted((dataset.raw / "imagesTr").glob(f"*_0000{dataset.file_ending}"))
+    orientation = dataset.orientation(labeled[:1]) if labeled else None
     failures = []
     try:
         with (
@@ -182,7 +182,7 @@ def _preprocess_case(name, plans_name, configuration_name, case, files, unfinish
             Path(f"{target}{suffix}").unlink(missing_ok=True)
         raise OSError(
             f"case {case} could not be written to {store} ({type(error).__name__}: {error}; {free:.0f} MB are free "
-            "there). Free some space, or see the reason above, and run the command again: finished cases are kept"
+            "there). If the disk is full, free some space; then run the command again: finished cases are kept"
         ) from None
     for suffix in _SUFFIXES:
         os.replace(f"{target}{suffix}", store / f"{case}{suffix}")

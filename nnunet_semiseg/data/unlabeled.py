@@ -62,7 +62,11 @@ def check_store(store: Path, plans: PlansManager, configuration: ConfigurationMa
     identifiers = store_identifiers(store)
     expected = preprocessing_digest(plans, configuration)
     for identifier in identifiers:
-        if load_pickle(str(store / f"{identifier}.pkl")).get(DIGEST_KEY) != expected:
+        try:
+            digest = load_pickle(str(store / f"{identifier}.pkl")).get(DIGEST_KEY)
+        except Exception as error:
+            raise ValueError(f"{store / identifier}.pkl is damaged ({error}). Run: {cure} --overwrite") from None
+        if digest != expected:
             raise ValueError(
                 f"Unlabeled case {identifier} in {store} was preprocessed with other plans than "
                 f"{plans.plans_name}. Run: {cure} --overwrite"

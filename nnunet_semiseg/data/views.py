@@ -58,7 +58,8 @@ class TwoViewTransform(BasicTransform):
         if self.masking.transforms:
             # Where nnU-Net normalizes inside of the nonzero mask, the outside is exactly 0 and has to stay so. For
             # labeled cases the segmentation says where that is; here the image itself does.
-            segmentation = torch.where((image == 0).all(0, keepdim=True), -1, 0).to(segmentation.dtype)
+            channels = self.masking.transforms[0].apply_to_channels
+            segmentation = torch.where((image[channels] == 0).all(0, keepdim=True), -1, 0).to(segmentation.dtype)
         sample = self.geometry(image=image, segmentation=segmentation)
         weak = self.masking(**sample)["image"]
         strong = self.intensity(image=sample["image"].clone(), segmentation=sample["segmentation"])

@@ -16,9 +16,9 @@ def cost_sensitive_bce(
     """Weighted binary cross-entropy, mean over voxels and over the binary problems.
 
     L_ce-con has (background_cost, foreground_cost) = (alpha, 1): calling background foreground is expensive, so only
-    the safe core of an object is predicted. L_ce-rad has (1, alpha). Only the ratio of the costs matters: they are scaled
-    to a mean of 1, because a background that weighs five times as much as in nnU-Net's own loss makes SGD with momentum
-    0.99 drive the logits to -50, where foreground is no longer learned.
+    the safe core of an object is predicted. L_ce-rad has (1, alpha). Only the costs' ratio matters: they are scaled
+    to a mean of 1, because a background that weighs five times as much as in nnU-Net's own loss makes SGD with
+    momentum 0.99 drive the logits to -50, where foreground is no longer learned.
 
     Args:
         logits: (B, K, *) one logit for each binary problem.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import math
 import os
@@ -53,6 +54,7 @@ MAX_NON_FINITE_STEPS = 20
 FOREGROUND_CASES_PER_EPOCH = 8
 FOREGROUND_VOXELS = 500
 _KEY = "semiseg/"
+_PREVIOUS = "checkpoint_previous.pth"
 
 
 class Term(NamedTuple):
@@ -106,6 +108,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.ENOENT):
+                raise
             raise OSError(
                 f"The results folder cannot be written ({error}). Set nnUNet_results to a folder that you can write to"
             ) from error
@@ -123,6 +127,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.foreground_locations: dict = {}
         self._resumed_random_state = None
         self._non_finite_in_a_row = self._non_finite_total = 0
+        self._last_loss = np.zeros((), dtype=np.float32)
         self._epoch_sums: dict[str, list[float]] = {}
         self._step_monitors: dict[str, torch.Tensor] = {}
 
@@ -158,7 +163,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Called before every training step."""
 
     def after_step(self) -> None:
-        """Called after every optimizer step that was taken."""
+        """Called after every optimizer step, also one that the gradient scaler of mixed precision left out."""
         if self.teacher is not None:
             self.teacher.update(self.student)
 
@@ -309,18 +314,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_start(self):
         if not self.was_initialized:
             self.initialize()
-        self._check_labeled_classes()
         dataset = self.unlabeled_dataset()
+        self._check_labeled_classes()
+        self._publish_foreground_locations()
         super().on_train_start()
+        resumed, self._resumed_random_state = self._resumed_random_state, None
+        if resumed is not None:
+            self.random_stream.set_state(resumed["unlabeled"])
         self.dataloader_unlabeled = self._unlabeled_loader(dataset)
         if self.options.seed >= 0:
             for loader in (self.dataloader_train, self.dataloader_val, self.dataloader_unlabeled):
-                source = getattr(loader, "data_loader", None) or loader.generator
-                fix_transform_arithmetic(source.transforms)
-        if self._resumed_random_state is not None:
-            set_global_state(self._resumed_random_state["global"])
-            self.random_stream.set_state(self._resumed_random_state["unlabeled"])
-            self._resumed_random_state = None
+                fix_transform_arithmetic(_source(loader).transforms)
+        # As nnU-Net does for its own: the processes start, and a file that cannot be read is noticed, before training.
+        self.draw_unlabeled()
+        if resumed is not None:
+            set_global_state(resumed["global"])
+            self.random_stream.set_state(resumed["unlabeled"])
         self.print_to_log_file(f"{self.__class__.__name__} options: {asdict(self.options)}", add_timestamp=False)
         network = "teacher" if self.predicts_with_teacher() else "student"
         self.print_to_log_file(f"The {network} predicts: it is what checkpoints hold as network_weights.")
@@ -354,7 +363,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # of it keeps up.
         processes = max(1, processes // 2)
         with self.random_stream:
-            seeds = [int(seed) for seed in np.random.randint(0, 2**31, processes)]
+            # Other seeds after a restart, or the workers would draw the first patches once more.
+            for _ in range(self.current_epoch + 1):
+                seeds = [int(seed) for seed in np.random.randint(0, 2**31, processes)]
             return NonDetMultiThreadedAugmenter(
                 data_loader=loader,
                 transform=None,
@@ -368,10 +379,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_end(self):
         super().on_train_end()
         if self.local_rank == 0:
-            _previous(Path(self.output_folder) / "checkpoint_latest.pth").unlink(missing_ok=True)
-        self._foreground_file.unlink(missing_ok=True)
+            (Path(self.output_folder) / _PREVIOUS).unlink(missing_ok=True)
         if isinstance(self.dataloader_unlabeled, NonDetMultiThreadedAugmenter):
             self.dataloader_unlabeled._finish()
+        self._foreground_file.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------------------------------------- a training step
 
@@ -400,11 +411,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         else:
             self._backward(loss)
 
-        if self._step_is_finite(terms, [*batch["keys"], *self._unlabeled_keys]):
-            self._optimizer_step()
+        if self._step_is_finite(terms, [*batch["keys"], *self._unlabeled_keys]) and self._optimizer_step():
             self.after_step()
+            self._last_loss = loss.detach().cpu().numpy()
         self.global_step += 1
-        return {"loss": loss.detach().cpu().numpy()}
+        # A skipped step repeats the loss of the one before, so that the epoch's mean stays a number.
+        return {"loss": self._last_loss}
 
     def _backward(self, loss: torch.Tensor) -> None:
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
@@ -420,48 +432,57 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             [t.value.detach().float() for t in terms.values()] + list(self._step_monitors.values())
         ).tolist()
         self._step_monitors.clear()
-        losses = dict(zip(names[: len(terms)], values))
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        finite = not bad
+        bad = [name for name, value in zip(terms, values) if not math.isfinite(value)]
+        any_bad = bool(bad)
         if self.is_ddp:
-            flag = torch.tensor(float(finite), device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MIN)
-            finite = bool(flag.item())
-        if finite:
-            self._non_finite_in_a_row = 0
-            for name, value in zip(names, values):
-                self._epoch_sums.setdefault(name, []).append(value)
-            for name, term in terms.items():
-                if name != "supervised":
-                    self._epoch_sums.setdefault(f"{name}_weight", []).append(float(term.weight))
-            return True
+            flag = torch.tensor(float(any_bad), device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            any_bad = bool(flag.item())
+        if any_bad:
+            if self.is_ddp:
+                gathered = [None] * dist.get_world_size()
+                dist.all_gather_object(gathered, (bad, keys if bad else []))
+                bad, keys = (sorted({str(item) for rank in gathered for item in rank[i]}) for i in range(2))
+            self._count_skipped_step(bad, keys)
+            return False
+        self._non_finite_in_a_row = 0
+        for name, value in zip(names, values):
+            self._epoch_sums.setdefault(name, []).append(value)
+        for name, term in terms.items():
+            if name != "supervised":
+                self._epoch_sums.setdefault(f"{name}_weight", []).append(float(term.weight))
+        return True
+
+    def _count_skipped_step(self, bad: list[str], keys: list[str]) -> None:
         self._non_finite_in_a_row += 1
         self._non_finite_total += 1
-        self.print_to_log_file(
-            f"Step {self.global_step} is skipped: {', '.join(bad) or 'a loss on another rank'} "
-            f"is not finite (cases {', '.join(map(str, keys))})"
-        )
+        where = f" (cases {', '.join(map(str, keys))})" if keys else ""
+        self.print_to_log_file(f"Step {self.global_step} is skipped: {', '.join(bad)} is not finite{where}")
         if self._non_finite_in_a_row >= MAX_NON_FINITE_STEPS:
             raise RuntimeError(
-                f"{MAX_NON_FINITE_STEPS} steps in a row gave a loss that is not a number ({', '.join(bad)}), the last "
-                f"on the cases {', '.join(map(str, keys))}. Look at these images, or lower initial_lr"
+                f"{MAX_NON_FINITE_STEPS} steps in a row were not finite ({', '.join(bad)}{where}). Look at the images "
+                "of these cases, or lower initial_lr"
             )
-        return False
 
-    def _optimizer_step(self) -> None:
+    def _optimizer_step(self) -> bool:
+        """Clip and step; False if the gradient is not finite. (On CUDA the gradient scaler sees to that.)"""
         if self.is_ddp:
             self._average_gradients()
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
+        norms = [torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)]
         trainable = [p for p in self.companions.parameters() if p.grad is not None]
         if trainable:
-            torch.nn.utils.clip_grad_norm_(trainable, GRADIENT_CLIP)
+            norms.append(torch.nn.utils.clip_grad_norm_(trainable, GRADIENT_CLIP))
         if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        else:
+        elif all(torch.isfinite(norm) for norm in norms):
             self.optimizer.step()
+        else:
+            self._count_skipped_step(["the gradient"], [])
+            return False
+        return True
 
     def _average_gradients(self) -> None:
         """Mean gradient over ranks, of the student and the companions.
@@ -598,8 +619,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _refresh_foreground_locations(self) -> None:
         """Predict the next few unlabeled cases coarsely and remember where foreground is."""
         network = self.predicting_network()
-        source = getattr(self.dataloader_unlabeled, "data_loader", None) or self.dataloader_unlabeled.generator
-        dataset = source._data
+        dataset = _source(self.dataloader_unlabeled)._data
         cases = [
             c
             for i, c in enumerate(dataset.identifiers)
@@ -610,6 +630,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         predictor = nnUNetPredictor(
             tile_step_size=1.0, use_mirroring=False, device=self.device, allow_tqdm=False, verbose=False
         )
+        found: dict[str, dict] = {}
         network.eval()
         with self._as_network(network), self.random_stream:
             self.set_deep_supervision_enabled(False)
@@ -625,17 +646,30 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             for case in sorted(chosen):
                 data = torch.from_numpy(np.asarray(dataset.load_case(case)[0][:]))
                 logits = predictor.predict_sliding_window_return_logits(data).cpu()
-                foreground, _ = self.labels.one_vs_rest(self.labels.hard(logits[None]))
-                self.foreground_locations[case] = {}
-                for k, mask in enumerate(foreground[0]):
-                    voxels = mask.nonzero().numpy()
+                hard = self.labels.hard(logits[None])
+                found[case] = {}
+                for k in range(self.labels.num_foreground):
+                    voxels = self.labels.is_class(hard, k)[0].nonzero().numpy()
                     if len(voxels):
                         keep = np.random.permutation(len(voxels))[:FOREGROUND_VOXELS]
                         voxels = np.pad(voxels[keep], ((0, 0), (1, 0))).astype(np.int32)
-                        self.foreground_locations[case][k + 1] = voxels
+                        found[case][k + 1] = voxels
             self.set_deep_supervision_enabled(self.enable_deep_supervision)
         network.train()
-        ForegroundLocations(self._foreground_file).write(self.foreground_locations)
+        gathered = [found]
+        if self.is_ddp:
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, found)
+        for part in gathered:
+            self.foreground_locations |= part
+        self._publish_foreground_locations()
+
+    def _publish_foreground_locations(self) -> None:
+        """Make the file that the loader reads what this trainer knows; nothing of an earlier run stays."""
+        if self.foreground_locations:
+            ForegroundLocations(self._foreground_file).write(self.foreground_locations)
+        else:
+            self._foreground_file.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -644,6 +678,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         ``network_weights`` is the network that predicts and nothing else, so that stock nnU-Net can use it.
         """
+        random_states = [{"global": global_state(), "unlabeled": self.random_stream.state()}]
+        if self.is_ddp:
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, random_states[0])
+            random_states = gathered
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
@@ -653,7 +692,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "options": asdict(self.options),
             "predicts": "teacher" if self.predicts_with_teacher() else "student",
             "companions": self.companions.state_dict(),
-            "random": {"global": global_state(), "unlabeled": self.random_stream.state()},
+            "random": random_states,
             "non_finite_steps": self._non_finite_total,
             "method": self.method_state(),
             "foreground_locations": {
@@ -666,10 +705,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             checkpoint["network_weights"] = self.teacher.module.state_dict()
         checkpoint[checkpoints.STATE_KEY] = state
         file = Path(filename)
-        if file.name == "checkpoint_latest.pth" and file.is_file():
-            # The last but one stays, in case the last is damaged later.
-            os.replace(file, _previous(file))
-        checkpoints.write(checkpoint, file)
+        # The last but one stays, in case the last is damaged later.
+        former = file.with_name(_PREVIOUS) if file.name == "checkpoint_latest.pth" else None
+        checkpoints.write(checkpoint, file, former)
 
     def load_checkpoint(self, filename_or_checkpoint) -> None:
         """Continue exactly where the checkpoint was written.
@@ -692,28 +730,34 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if "student" in state:
             unwrap(self.network).load_state_dict(state["student"])
         self.companions.load_state_dict(state["companions"])
-        self._resumed_random_state = state["random"]
+        if len(state["random"]) == (dist.get_world_size() if self.is_ddp else 1):
+            self._resumed_random_state = state["random"][self.local_rank]
         self._non_finite_total = state["non_finite_steps"]
         self.load_method_state(state["method"])
         self.foreground_locations = {
             case: {k: v.cpu().numpy() for k, v in by_class.items()}
             for case, by_class in state["foreground_locations"].items()
         }
-        if self.foreground_locations:
-            ForegroundLocations(self._foreground_file).write(self.foreground_locations)
 
     def _readable_checkpoint(self, file: Path) -> tuple[Path, dict]:
         try:
             return file, checkpoints.read(file, self.device)
         except checkpoints.CheckpointError as error:
-            candidates = [_previous(file), file.with_name("checkpoint_best.pth")]
+            if file.name == "checkpoint_final.pth":
+                raise checkpoints.CheckpointError(
+                    f"{error}. Delete it and run nnUNetv2_train ... --c to train on from an earlier checkpoint"
+                ) from None
+            candidates = [file.with_name(_PREVIOUS), file.with_name("checkpoint_best.pth")]
             readable = []
             for candidate in candidates:
                 if candidate != file and candidate.is_file():
                     with contextlib.suppress(checkpoints.CheckpointError):
                         readable.append((candidate, checkpoints.read(candidate, self.device)))
-            if not readable or file.name == "checkpoint_final.pth":
+            if not readable:
                 raise
+            if self.local_rank == 0:
+                # Kept to look at, and out of the way: the next checkpoint must not make it the last but one.
+                os.replace(file, file.with_name(file.name + ".damaged"))
             best = max(readable, key=lambda pair: pair[1]["current_epoch"])
             self.print_to_log_file(
                 f"WARNING: {error}. Continuing from {best[0].name} instead, at epoch {best[1]['current_epoch']}."
@@ -733,8 +777,9 @@ def _weighted_sum(terms: dict[str, Term]) -> torch.Tensor:
     return total
 
 
-def _previous(file: Path) -> Path:
-    return file.with_name("checkpoint_previous.pth")
+def _source(loader):
+    """nnU-Net's data loader inside of either kind of augmenter."""
+    return loader.data_loader if isinstance(loader, SingleThreadedAugmenter) else loader.generator
 
 
 def _as_key(label):

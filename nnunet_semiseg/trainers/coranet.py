@@ -170,7 +170,16 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
 
     def uses_unlabeled(self):
         enough = self.global_step >= math.ceil(self.options.pretraining * self._total_steps)
-        return SETTINGS[self.options.setting] != (None, None) and self._knows_classes and enough
+        return self._regions != (None, None) and self._knows_classes and enough
+
+    @property
+    def _regions(self) -> tuple[str | None, str | None]:
+        """Where self-training and mean teacher work: "certain", "uncertain", "all", or None for a term that is off."""
+        self_training, mean_teacher = SETTINGS[self.options.setting]
+        return (
+            self_training if self.options.certain_weight > 0 else None,
+            mean_teacher if self.options.consistency_weight > 0 else None,
+        )
 
     def predicts_with_teacher(self):
         return self.options.predict_with == "teacher"
@@ -198,10 +207,18 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             self._knows_classes = bool((recall >= self.options.min_recall).all())
             if not self._knows_classes and self.progress >= self.options.pretraining:
                 self.print_to_log_file(
-                    f"Pretraining goes on: certain recall of the classes on labeled patches is {recall.numpy().round(3)}, "
+                    f"Pretraining goes on: certain recall of the classes on labeled data {recall.numpy().round(3)}, "
                     f"min_recall is {self.options.min_recall}"
                 )
         super().on_train_epoch_end(train_outputs)
+
+    def on_train_end(self):
+        super().on_train_end()
+        if self._start is None and self._regions != (None, None):
+            self.print_to_log_file(
+                "WARNING: This run never got beyond pretraining on labeled data, because a class was not learned well "
+                "enough (see above). Train longer, or lower min_recall"
+            )
 
     def method_state(self):
         return {"start": self._start, "knows_classes": self._knows_classes}
@@ -286,18 +303,18 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         hard = hard if self.labels.has_regions else hard.to(torch.int16)
         return {**batch, "hard": hard.cpu(), "certain": certain.cpu()}
 
-    def _label_by_cost(self, data):
+    def _label_and_heads(self, data):
         with self.autocast():
             outputs, features = self._forward(unwrap(self.network), data)
-            heads = self._run_heads(features)
-        return self.labels.hard(full_resolution(outputs)), agreement(heads["conservative"], heads["radical"])
+            return self.labels.hard(full_resolution(outputs)), self._run_heads(features)
+
+    def _label_by_cost(self, data):
+        hard, heads = self._label_and_heads(data)
+        return hard, agreement(heads["conservative"], heads["radical"])
 
     def _label_by_aleatoric(self, data):
-        with self.autocast():
-            outputs, features = self._forward(unwrap(self.network), data)
-            heads = self._run_heads(features)
-        deviation = F.softplus(heads["deviation"].float())
-        return self.labels.hard(full_resolution(outputs)), small_deviation(deviation, CERTAIN_DEVIATION)
+        hard, heads = self._label_and_heads(data)
+        return hard, small_deviation(F.softplus(heads["deviation"].float()), CERTAIN_DEVIATION)
 
     def _label_by_mcdropout(self, data):
         probabilities = 0
@@ -330,10 +347,9 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         hard, certain = unlabeled["hard"], unlabeled["certain"]
         hard = hard if self.labels.has_regions else hard.long()
         masks = {"certain": certain, "uncertain": ~certain, "all": torch.ones_like(certain)}
-        self_training, mean_teacher = (masks.get(region) for region in SETTINGS[o.setting])
+        self_training, mean_teacher = (masks.get(region) for region in self._regions)
         self.monitor("certain_voxels", certain.float().mean())
-        foreground, valid = self.labels.one_vs_rest(hard)
-        self.monitor("pseudo_foreground", foreground.amax(1).mean())
+        self.monitor("pseudo_foreground", self.labels.is_foreground(hard).float().mean())
 
         with self.autocast():
             if self._trains_all_heads or self._dropout:
@@ -346,14 +362,15 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         terms = {}
         # From 0 at the start of phase 2: SGD with momentum 0.99 takes a jump in the loss badly.
         ramp = ramp_up_between(self.progress, self._start, o.ramp_up)
-        if self_training is not None and o.certain_weight > 0:
+        if self_training is not None:
             terms["certain"] = Term(self._certain_loss(student, hard, self_training), o.certain_weight * ramp)
-            terms |= self._head_losses(heads, foreground, valid & self_training, "_certain", o.certain_weight * ramp)
-        if mean_teacher is not None and o.consistency_weight > 0:
+            if heads:
+                foreground, valid = self.labels.one_vs_rest(hard)
+                weight = o.certain_weight * ramp
+                terms |= self._head_losses(heads, foreground, valid & self_training, "_certain", weight)
+        if mean_teacher is not None:
             consistency = self._consistency(student, heads, unlabeled["weak"], mean_teacher)
             terms["consistency"] = Term(consistency, o.consistency_weight * ramp)
-        if not terms:
-            terms["certain"] = Term(student.sum() * 0.0, 0.0)
         return terms
 
     def _consistency(self, student: torch.Tensor, heads: dict, weak: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from nnunet_semiseg.trainers.options import option
 
 @dataclass(frozen=True)
 class MeanTeacherOptions(FrameOptions):
-    consistency_weight: float = option(0.1, "largest weight of the consistency term", low=0.0)
-    ramp_up: float = option(1.0, "share of the run over which the weight rises", low=0.0, high=1.0)
+    consistency_weight: float = option(1.0, "largest weight of the consistency term", low=0.0)
+    ramp_up: float = option(1.0, "share of the run at which the weight is full", low=0.0, high=1.0)
     warm_up: float = option(0.03, "share of the run without consistency, at the start", low=0.0, high=1.0)
     ema_decay: float = option(0.99, "largest decay of the teacher, per step", low=0.0, high=1.0)
     noise: float = option(0.1, "SD of the noise on the teacher's input, in normalized intensities", low=0.0)
@@ -33,7 +33,8 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
 
     * Teacher: average of the student's weights with decay min(1 - 1 / (t + 1), ``ema_decay``), no gradient.
     * Noise: N(0, ``noise``^2), clamped to two standard deviations.
-    * w(t) = ``consistency_weight`` exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run after ``warm_up``.
+    * w(t) = ``consistency_weight`` exp(-5 (1 - s)^2), s from 0 to 1 between ``warm_up`` and ``ramp_up`` of the run. The
+      papers have 0.1 beside half of a Dice and cross-entropy; the default is what measured best (docs/results.md).
 
     ``student_view=weak`` gives student and teacher the same image but for the noise, as the papers' code does. With
     ``strong`` the student also sees nnU-Net's intensity augmentation.

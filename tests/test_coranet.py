@@ -13,6 +13,7 @@ NOW = "_pretraining=0_min_recall=0_relabel_every=2"
 
 
 def unlabeled_batch(trainer, certain=0.5):
+    trainer.before_step()
     batch = trainer.next_unlabeled()
     batch["certain"] = torch.rand(batch["certain"].shape) < certain
     return batch

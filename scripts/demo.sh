@@ -55,7 +55,7 @@ say "Preprocessing the unlabeled cases"
 nnunet_semiseg preprocess -d "$number" -c 2d -p $plans -np 2
 
 fold=$(python "$root/scripts/demo.py" heldout "$nnUNet_raw/$dataset" "$work/$dataset.heldout")
-common=_15epochs_num_iterations_per_epoch=100_num_val_iterations_per_epoch=5_save_every=2_seed=1
+common=_10epochs_num_iterations_per_epoch=100_num_val_iterations_per_epoch=5_save_every=2_seed=1
 # Mean Teacher with weight 0 is nnU-Net's own training, bit for bit, with the number of steps in its name.
 vanilla=nnUNetTrainerMeanTeacher${common}_consistency_weight=0
 coranet=nnUNetTrainerCoraNet${common}
@@ -80,7 +80,7 @@ for trainer in $vanilla $coranet; do
     fi
 done
 
-say "Held-out cases, mean Dice (1500 steps each)"
+say "Held-out cases, mean Dice (1000 steps each)"
 python "$root/scripts/demo.py" table "$work/$dataset.vanilla" "$work/$dataset.CoraNet"
 python "$root/scripts/demo.py" picture "$work/$dataset.heldout" "$work/$dataset.vanilla" "$work/$dataset.CoraNet" \
     "$nnUNet_results/$dataset/${coranet}__${plans}__2d/fold_$fold" "$work/$dataset.png"

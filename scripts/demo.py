@@ -159,9 +159,9 @@ def picture(held: str, vanilla: str, coranet: str, fold: str, target: str) -> No
                 for value in np.unique(labels[labels > 0]):
                     shown[labels == value] = (*colors(3 if title == titles[-1] else int(value) - 1)[:3], 0.55)
                 axis.imshow(shown, origin="lower")
-            axis.set_title(title if row is axes[0] else "")
+            axis.set_title(title)
             axis.set_axis_off()
-        row[0].set_title(case if row is not axes[0] else f"image ({case})")
+        row[0].set_title(case)
     figure.tight_layout()
     figure.savefig(target, dpi=80)
     print(f"Picture written to {target}")

@@ -87,6 +87,16 @@ def write(checkpoint: dict, file: str | os.PathLike, former: Path | None = None)
         ) from error
 
 
+def plain(network_weights: dict, mirroring_axes, configuration: str) -> dict:
+    """A checkpoint of nnU-Net's own trainer with what inference needs, and nothing else."""
+    return {
+        "network_weights": network_weights,
+        "inference_allowed_mirroring_axes": mirroring_axes,
+        "trainer_name": "nnUNetTrainer",
+        "init_args": {"configuration": configuration},
+    }
+
+
 def as_written_by(save) -> dict:
     """The checkpoint that ``save(stream)`` writes, on the CPU, so that more can be added to it."""
     stream = io.BytesIO()

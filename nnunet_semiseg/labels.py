@@ -7,7 +7,10 @@ the two it runs on.
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 
@@ -52,14 +55,31 @@ class LabelAdapter:
         Returns:
             (B, K, *) float32 in {0, 1}, and a (B, 1, *) bool mask that is False where the label is ignored.
         """
+        hard, valid = self.without_ignored(target)
         if self.has_regions:
-            foreground = target[:, : self.num_foreground].float()
-            if target.shape[1] > self.num_foreground:
-                return foreground, ~target[:, -1:].bool()
-            return foreground, torch.ones_like(target[:, :1], dtype=torch.bool)
+            return hard.float(), valid
         classes = torch.arange(1, self.num_outputs, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
-        valid = torch.ones_like(target, dtype=torch.bool) if self.ignore_label is None else target != self.ignore_label
-        return (target == classes).float(), valid
+        return (hard == classes).float(), valid
+
+    def without_ignored(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """nnU-Net's target as a hard prediction (background where the label is ignored), and where it is not ignored.
+
+        Args:
+            target: (B, 1, *) integer labels, or (B, R[+1 ignore], *) regions.
+
+        Returns:
+            (B, 1, *) int64 or (B, R, *) bool, and (B, 1, *) bool.
+        """
+        if self.has_regions:
+            hard = target[:, : self.num_foreground].bool()
+            if target.shape[1] > self.num_foreground:
+                return hard, ~target[:, -1:].bool()
+            return hard, torch.ones_like(hard[:, :1])
+        target = target.long()
+        if self.ignore_label is None:
+            return target, torch.ones_like(target, dtype=torch.bool)
+        valid = target != self.ignore_label
+        return torch.where(valid, target, 0), valid
 
     def is_foreground(self, hard: torch.Tensor) -> torch.Tensor:
         """(B, 1, *) bool: any foreground class in a hard prediction."""
@@ -69,12 +89,23 @@ class LabelAdapter:
         """(B, *) bool: the k-th of the K foreground classes or regions in a hard prediction."""
         return hard[:, k] if self.has_regions else hard[:, 0] == k + 1
 
-    def masked_target(self, hard: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """A hard prediction that is ignored outside of ``mask``, for a loss built with an ignore label.
+    @property
+    def max_entropy(self) -> float:
+        """The entropy of knowing nothing, in nats: ln C, or R ln 2 for regions."""
+        return self.num_outputs * math.log(2) if self.has_regions else math.log(self.num_outputs)
 
-        Labels: id ``num_outputs`` marks the ignored voxels (nnU-Net's own ignore label where there is one, as that is
-        the id after the last class). Regions: one more channel, True where ignored.
-        """
+    def entropy(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, C, *) logits to (B, 1, *) float32 entropy in nats; for regions, the sum of the binary entropies."""
+        logits = logits.float()
         if self.has_regions:
-            return torch.cat((hard, ~mask), 1)
-        return torch.where(mask, hard, self.num_outputs)
+            p = logits.sigmoid()
+            return (F.softplus(logits) - p * logits).sum(1, keepdim=True)
+        log_p = logits.log_softmax(1)
+        return -(log_p.exp() * log_p).sum(1, keepdim=True)
+
+    def probability_entropy(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """``entropy`` of (B, C, *) probabilities, for a mean over several predictions; without a useful gradient."""
+        entropy = torch.special.entr(probabilities)
+        if self.has_regions:
+            entropy = entropy + torch.special.entr(1 - probabilities)
+        return entropy.sum(1, keepdim=True)

@@ -105,6 +105,25 @@ def prepared(work):
     return prepare
 
 
+# What makes a method use unlabeled data from the first step on.
+TWO_PHASES = "_pretraining=0_min_recall=0"
+FROM_START = {
+    "nnUNetTrainerCoraNet": f"{TWO_PHASES}_relabel_every=2",
+    "nnUNetTrainerBCP": TWO_PHASES,
+    "nnUNetTrainerBCPBURL": TWO_PHASES,
+    "nnUNetTrainerUAMT": "_warm_up=0_passes=2",
+    "nnUNetTrainerDTML": "_warm_up=0_supervision=both",
+}
+
+
+def from_start(name):
+    return name + FROM_START.get(name, "_warm_up=0")
+
+
+def short(name):
+    return from_start(name) + SHORT
+
+
 SHORT = "_2epochs_num_iterations_per_epoch=3_num_val_iterations_per_epoch=1_save_every=1_seed=7"
 
 

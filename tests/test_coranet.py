@@ -50,7 +50,7 @@ def test_phases_and_the_teachers_start(started):
     trainer.on_train_epoch_start()
     assert trainer.uses_unlabeled()
     trainer.before_step()
-    assert trainer._start == 0.5
+    assert trainer.phase_2_start == 0.5
     for student, teacher in zip(trainer.network.parameters(), trainer.teacher.module.parameters()):
         assert torch.equal(student, teacher)
     train_steps(trainer, 1)
@@ -67,12 +67,12 @@ def test_pretraining_goes_on_until_every_class_is_known(started):
         assert (present > 0).all() and (found <= present).all()
         trainer._recall_counts[0] = present * torch.tensor([0.9, 0.6 if knows_core else 0.4])
         trainer.on_train_epoch_end([{"loss": np.zeros(())}])
-        assert trainer.method_state() == {"start": None, "knows_classes": expected}
+        assert trainer.method_state() == {"phase_2_start": None, "knows_classes": expected}
         trainer.current_epoch += 1
     trainer.on_train_epoch_start()
     assert trainer.uses_unlabeled()
     train_steps(trainer, 1)
-    assert trainer._start == pytest.approx(4 / 6)
+    assert trainer.phase_2_start == pytest.approx(4 / 6)
 
 
 def test_relabeling_fills_a_pool_that_each_epoch_starts_anew(started):

@@ -11,7 +11,7 @@ import torch
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.losses.consistency import masked_squared_distance, probability_mse
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce, cost_sensitive_dice
-from nnunet_semiseg.losses.pseudo_labels import MaskedSegmentationLoss
+from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 from nnunet_semiseg.losses.ramps import gaussian_ramp_up, ramp_up_between
 from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce, small_deviation
 
@@ -131,7 +131,7 @@ def test_equation_7_literally(shape, classes):
         for v in voxels(shape):
             if mask[b, 0][v]:
                 total -= math.log(float(p[b, int(hard[b, 0][v])][v]))
-    loss = MaskedSegmentationLoss(labels, batch_dice=True, dice_weight=0.0)
+    loss = WeightedSegmentationLoss(labels, batch_dice=True, dice_weight=0.0)
     assert float(loss(logits, hard, mask)) == pytest.approx(total / int(mask.sum()), rel=1e-5)
 
 
@@ -155,15 +155,15 @@ def test_masked_loss_of_regions_literally(shape, regions):
                 cross_entropy -= math.log(inside if y else 1 - inside)
                 overlap[r] += inside * y
                 sizes[r] += inside + y
-    expected = cross_entropy / int(mask.sum())
+    expected = cross_entropy / (regions * int(mask.sum()))
     dice = [(2 * o + 1e-5) / (s + 1e-5) for o, s in zip(overlap, sizes)]
-    loss = MaskedSegmentationLoss(labels, batch_dice=True, dice_weight=1.0)
+    loss = WeightedSegmentationLoss(labels, batch_dice=True)
     assert float(loss(logits, hard, mask)) == pytest.approx(expected - sum(dice) / regions, rel=1e-4)
 
 
 def test_voxels_outside_of_the_mask_do_not_matter():
     labels = adapter(3)
-    loss = MaskedSegmentationLoss(labels, batch_dice=False, dice_weight=1.0)
+    loss = WeightedSegmentationLoss(labels, batch_dice=False)
     logits = torch.randn(2, 3, 6, 6, requires_grad=True)
     hard = torch.randint(0, 3, (2, 1, 6, 6))
     mask = torch.rand(2, 1, 6, 6) < 0.5
@@ -209,7 +209,7 @@ def test_masks_of_no_voxels_give_a_finite_loss_with_a_graph():
         masked_squared_distance(p, torch.rand_like(p), nothing),
         cost_sensitive_bce(logits, torch.zeros_like(logits), nothing, 5.0, 1.0),
         cost_sensitive_dice(logits, torch.zeros_like(logits), nothing, 5.0, 1.0),
-        MaskedSegmentationLoss(adapter(3), True, 1.0)(logits, hard, nothing),
+        WeightedSegmentationLoss(adapter(3), True)(logits, hard, nothing),
         heteroscedastic_bce(logits, logits.exp(), torch.zeros_like(logits), nothing, torch.randn(2, *logits.shape)),
     ]
     for value in values:

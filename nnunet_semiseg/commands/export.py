@@ -10,7 +10,6 @@ from pathlib import Path
 from nnunet_semiseg import checkpoints
 
 _FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
-_KEEP = ("network_weights", "inference_allowed_mirroring_axes")
 
 
 def add_arguments(parser):
@@ -81,10 +80,10 @@ def plain_checkpoint(file: Path) -> dict:
     """
     checkpoint = checkpoints.read(file)
     try:
-        return {
-            **{key: checkpoint[key] for key in _KEEP},
-            "trainer_name": "nnUNetTrainer",
-            "init_args": {"configuration": checkpoint["init_args"]["configuration"]},
-        }
+        return checkpoints.plain(
+            checkpoint["network_weights"],
+            checkpoint["inference_allowed_mirroring_axes"],
+            checkpoint["init_args"]["configuration"],
+        )
     except (KeyError, TypeError):
         raise checkpoints.CheckpointError(f"{file} is not a checkpoint of an nnU-Net trainer") from None

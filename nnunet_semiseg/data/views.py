@@ -15,6 +15,8 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
+from nnunet_semiseg.data.signed_distance import SignedDistanceTransform
+
 _GEOMETRY = (
     SpatialTransform,
     MirrorTransform,
@@ -23,7 +25,12 @@ _GEOMETRY = (
     Convert3DTo2DTransform,
     Convert2DTo3DTransform,
 )
-_SEGMENTATION_ONLY = (RemoveLabelTansform, ConvertSegmentationToRegionsTransform, DownsampleSegForDSTransform)
+_SEGMENTATION_ONLY = (
+    RemoveLabelTansform,
+    ConvertSegmentationToRegionsTransform,
+    DownsampleSegForDSTransform,
+    SignedDistanceTransform,
+)
 
 
 def _is_one_of(transform: BasicTransform, kinds: tuple) -> bool:

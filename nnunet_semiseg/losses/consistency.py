@@ -26,6 +26,21 @@ def masked_squared_distance(student: torch.Tensor, teacher: torch.Tensor, mask: 
     Returns:
         A scalar; 0 with a graph for an empty mask.
     """
+    return masked_mean((student - teacher.detach()).square().sum(1, keepdim=True), mask)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of (B, 1, *) values over the voxels of a (B, 1, *) bool mask; 0 with a graph for an empty mask."""
     weight = mask.float()
-    distance = (student - teacher.detach()).square().sum(1, keepdim=True)
-    return (distance * weight).sum() / weight.sum().clamp(min=1.0)
+    return (values * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+def clamped_noise(data: torch.Tensor, deviation: float) -> torch.Tensor:
+    """``data`` plus Gaussian noise that is clamped to two standard deviations (UA-MT's code and its descendants).
+
+    Args:
+        data: Any shape, in normalized intensities.
+        deviation: Standard deviation of the noise before clamping, same unit.
+    """
+    noise = torch.randn_like(data).mul_(deviation)
+    return data + noise.clamp_(-2 * deviation, 2 * deviation)

@@ -1,53 +1,98 @@
-"""nnU-Net's own segmentation loss against pseudo labels, on a part of the voxels."""
+"""nnU-Net's own segmentation losses, with a weight for every voxel."""
 
 from __future__ import annotations
 
 import torch
-from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+import torch.nn.functional as F
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
+from nnunetv2.utilities.helpers import softmax_helper_dim1
+from torch import nn
 
 from nnunet_semiseg.labels import LabelAdapter
 
 
-class MaskedSegmentationLoss:
-    """Cross-entropy plus ``dice_weight`` times soft Dice, both over the voxels of a mask only.
+class WeightedSegmentationLoss:
+    """Cross-entropy plus soft Dice, each voxel with its weight.
 
-    nnU-Net's compound losses already leave out ignored voxels; the voxels outside of the mask are handed to them as
-    ignored ones.
+    * Cross-entropy: sum(w ce) / sum(w); for regions, the binary one, averaged over regions.
+    * Dice: every sum over voxels is weighted, as nnU-Net's ``loss_mask`` does it.
+
+    A mask is a weight of 0 and 1; weights that are all equal give nnU-Net's own loss.
 
     Args:
         labels: How the dataset's logits are read.
         batch_dice: As in the plans: Dice over the batch rather than per sample.
-        dice_weight: 0 is the cross-entropy alone.
+        ce_weight, dice_weight: Weights of the two parts; 0 leaves a part out.
     """
 
-    def __init__(self, labels: LabelAdapter, batch_dice: bool, dice_weight: float):
-        self.labels = labels
-        self.dice_weight = dice_weight
-        dice = dict(batch_dice=batch_dice, smooth=1e-5, do_bg=labels.has_regions, ddp=False)
-        if labels.has_regions:
-            self.loss = DC_and_BCE_loss(
-                {}, dice, weight_dice=dice_weight, use_ignore_label=True, dice_class=MemoryEfficientSoftDiceLoss
-            )
-        else:
-            self.loss = DC_and_CE_loss(
-                dice,
-                {},
-                weight_dice=dice_weight,
-                ignore_label=labels.num_outputs,
-                dice_class=MemoryEfficientSoftDiceLoss,
-            )
+    def __init__(self, labels: LabelAdapter, batch_dice: bool, ce_weight: float = 1.0, dice_weight: float = 1.0):
+        self.ce_weight, self.dice_weight = ce_weight, dice_weight
+        self.has_regions = labels.has_regions
+        nonlinearity = torch.sigmoid if labels.has_regions else softmax_helper_dim1
+        # Ranks are averaged by the training step.
+        self.dice = MemoryEfficientSoftDiceLoss(
+            nonlinearity, batch_dice=batch_dice, do_bg=labels.has_regions, smooth=1e-5, ddp=False
+        )
+        self.binary_ce = nn.BCEWithLogitsLoss(reduction="none")
+        self.ce = RobustCrossEntropyLoss(reduction="none")
 
-    def __call__(self, logits: torch.Tensor, hard: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, hard: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            logits: (B, C, *) of the student.
-            hard: The pseudo labels, in the form of nnU-Net's targets (see LabelAdapter).
-            mask: (B, 1, *) bool, the voxels that count.
+            logits: (B, C, *).
+            hard: Labels or pseudo labels as LabelAdapter's hard predictions: (B, 1, *) int64 or (B, R, *) bool.
+            weight: (B, 1, *) bool or float, not negative. Where it is 0, labels and logits do not matter.
 
         Returns:
-            A scalar; 0 with a graph for an empty mask.
+            A scalar; 0 with a graph if all weights are 0.
         """
-        if not mask.any():
-            return logits.float().sum() * 0.0
-        return self.loss(logits.float(), self.labels.masked_target(hard, mask))
+        logits, weight = logits.float(), weight.float()
+        total = weight.sum()
+        if total == 0:
+            return logits.sum() * 0.0
+        loss = 0.0
+        if self.ce_weight > 0:
+            if self.has_regions:
+                ce = self.binary_ce(logits, hard.float()).mean(1, keepdim=True)
+            else:
+                ce = self.ce(logits, hard)[:, None]
+            loss = self.ce_weight * (ce * weight).sum() / total
+        if self.dice_weight > 0:
+            loss = loss + self.dice_weight * self.dice(logits, hard, loss_mask=weight)
+        return loss
+
+
+class DeeplySupervised:
+    """A loss of (logits, hard, weight) at every decoder resolution, weighted as nnU-Net weights them.
+
+    Labels and weights are brought to each resolution from the full one, with the same nearest voxels, so that what is
+    mixed or masked at full resolution stays in correspondence.
+
+    Args:
+        loss: Called with the arguments of WeightedSegmentationLoss.
+        weight_factors: One weight per resolution, full resolution first.
+    """
+
+    def __init__(self, loss, weight_factors):
+        self.loss = loss
+        self.weight_factors = tuple(weight_factors)
+
+    def __call__(self, outputs, hard: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``outputs``: a network's output, a list with deep supervision; the others at full resolution."""
+        if not isinstance(outputs, (list, tuple)):
+            return self.loss(outputs, hard, weight)
+        total = 0.0
+        for factor, logits in zip(self.weight_factors, outputs):
+            if factor == 0:
+                continue
+            size = logits.shape[2:]
+            total = total + factor * self.loss(logits, _nearest(hard, size), _nearest(weight, size))
+        return total
+
+
+def _nearest(tensor: torch.Tensor, size) -> torch.Tensor:
+    """Resampled as nnU-Net resamples its targets for deep supervision; the type stays."""
+    if tensor.shape[2:] == size:
+        return tensor
+    return F.interpolate(tensor.float(), size, mode="nearest-exact").to(tensor.dtype)

@@ -5,6 +5,8 @@ All take what a network said and return a (B, 1, *) bool mask that is True in th
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -49,3 +51,27 @@ def heteroscedastic_bce(
     loss = -(foreground * log_foreground + (1 - foreground) * log_background)
     weight = valid.float().expand_as(loss)
     return (loss * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+def above_percentile(uncertainty: torch.Tensor, percentile: float, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The uncertain region: voxels whose uncertainty lies above a percentile of their own sample (paper 003, Eq. 4).
+
+    With n voxels and no ties these are the n - ceil(percentile / 100 n) most uncertain ones; voxels that tie with the
+    percentile are not among them, so a constant map has no uncertain region.
+
+    Args:
+        uncertainty: (B, 1, *), float32.
+        percentile: In [0, 100]; 0 calls everything above the minimum uncertain.
+        valid: (B, 1, *) bool, the voxels that the percentile is taken over; others are never uncertain.
+
+    Returns:
+        (B, 1, *) bool.
+    """
+    result = torch.zeros_like(uncertainty, dtype=torch.bool)
+    for b, values in enumerate(uncertainty):
+        chosen = values.flatten() if valid is None else values[valid[b]]
+        if chosen.numel():
+            # torch.quantile refuses more than 2^24 voxels.
+            rank = max(1, math.ceil(percentile / 100 * chosen.numel()))
+            result[b] = values > chosen.kthvalue(rank).values
+    return result if valid is None else result & valid

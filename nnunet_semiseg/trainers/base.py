@@ -12,6 +12,7 @@ import errno
 import io
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,8 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.data.views import TwoViewTransform, fix_transform_arithmetic
 from nnunet_semiseg.labels import LabelAdapter
+from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmentationLoss
+from nnunet_semiseg.losses.ramps import ramp_up_between
 from nnunet_semiseg.networks.ema import EMATeacher, unwrap
 from nnunet_semiseg.networks.features import full_resolution
 from nnunet_semiseg.trainers.options import build_options, option
@@ -81,6 +84,14 @@ class FrameOptions:
     )
     joint_backward: bool = option(False, "one backward pass over both halves: same gradients, more memory")
     allow_absent_classes: bool = option(False, "train although a class is in no labeled training case")
+
+
+@dataclass(frozen=True)
+class RampOptions(FrameOptions):
+    """Options of methods whose unsupervised weight rises over the run."""
+
+    warm_up: float = option(0.03, "share of the run without unlabeled data, at the start", low=0.0, high=1.0)
+    ramp_up: float = option(1.0, "share of the run at which the unsupervised weight is full", low=0.0, high=1.0)
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
@@ -144,6 +155,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Whether this step has an unsupervised loss; a function of ``self.progress``, the same on all ranks."""
         return False
 
+    def losses(self, data: torch.Tensor, target) -> Iterator[dict[str, Term]]:
+        """The terms of a step, in groups with a backward pass each; names are unique in a step.
+
+        A method with another order of things (several networks, labeled and unlabeled data in one image) overrides
+        this instead of the three below.
+        """
+        yield self.supervised_loss(data, target)
+        if self.uses_unlabeled():
+            yield self.unsupervised_loss(self.next_unlabeled())
+
     def supervised_loss(self, data: torch.Tensor, target) -> dict[str, Term]:
         """nnU-Net's loss on the labeled batch. ``target`` as nnU-Net's loss takes it."""
         with self.autocast():
@@ -167,6 +188,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.teacher is not None:
             self.teacher.update(self.student)
 
+    def target_transforms(self) -> list:
+        """Transforms that follow nnU-Net's own on labeled training patches."""
+        return []
+
     def method_state(self) -> dict:
         """What a method has to remember over a restart beside its companions; plain Python values."""
         return {}
@@ -174,9 +199,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def load_method_state(self, state: dict) -> None:
         """Inverse of ``method_state``."""
 
-    def predicts_with_teacher(self) -> bool:
-        """Whether the teacher is what the checkpoint's ``network_weights`` hold."""
-        return False
+    def predicting(self) -> str:
+        """Which of ``networks`` predicts: it is what the checkpoint's ``network_weights`` hold."""
+        return "student"
 
     # ------------------------------------------------------------------------------------------- helpers of methods
 
@@ -197,6 +222,27 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def teacher(self) -> EMATeacher | None:
         return dict(self.companions).get("teacher")
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that segment, each with the plans' outputs: ``student``, and ``teacher`` or ``second``."""
+        companions = dict(self.companions)
+        networks = {"student": self.network}
+        if "teacher" in companions:
+            networks["teacher"] = companions["teacher"].module
+        if "second" in companions:
+            networks["second"] = companions["second"]
+        return networks
+
+    def ramp(self) -> float:
+        """exp(-5 (1 - s)^2), s from 0 to 1 between ``warm_up`` and ``ramp_up`` of the run; 0 before."""
+        o = self.options
+        return ramp_up_between(self.progress, o.warm_up, o.ramp_up - o.warm_up)
+
+    def segmentation_loss(self, ce_weight: float = 1.0, dice_weight: float = 1.0) -> DeeplySupervised:
+        """nnU-Net's loss with a weight for every voxel, at every resolution that nnU-Net supervises."""
+        loss = WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice, ce_weight, dice_weight)
+        return DeeplySupervised(loss, self.loss.weight_factors if self.enable_deep_supervision else (1.0,))
 
     def autocast(self):
         """nnU-Net's mixed precision: float16 on CUDA, nothing elsewhere."""
@@ -250,6 +296,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.is_ddp:
             for tensor in (*self.companions.parameters(), *self.companions.buffers()):
                 dist.broadcast(tensor.detach(), 0)
+
+    def get_training_transforms(self, *args, **kwargs):
+        """nnU-Net's, and what the method adds."""
+        transforms = super().get_training_transforms(*args, **kwargs)
+        transforms.transforms.extend(self.target_transforms())
+        return transforms
 
     @property
     def _preprocess_command(self) -> str:
@@ -331,8 +383,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             set_global_state(resumed["global"])
             self.random_stream.set_state(resumed["unlabeled"])
         self.print_to_log_file(f"{self.__class__.__name__} options: {asdict(self.options)}", add_timestamp=False)
-        network = "teacher" if self.predicts_with_teacher() else "student"
-        self.print_to_log_file(f"The {network} predicts: it is what checkpoints hold as network_weights.")
+        self.print_to_log_file(f"The {self.predicting()} predicts: it is what checkpoints hold as network_weights.")
 
     def _unlabeled_loader(self, dataset: UnlabeledDataset):
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
@@ -394,26 +445,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._unlabeled_keys: list[str] = []
 
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.supervised_loss(data, target)
-        loss = _weighted_sum(terms)
-        if self.uses_unlabeled():
-            if not self.options.joint_backward:
-                self._backward(loss)
-                loss = loss.detach()
-            unsupervised = self.unsupervised_loss(self.next_unlabeled())
-            unsupervised_loss = _weighted_sum(unsupervised)
+        terms: dict[str, Term] = {}
+        loss, waiting = 0.0, []
+        for group in self.losses(data, target):
+            part = _weighted_sum(group)
+            loss = loss + part.detach()
+            terms |= group
             if self.options.joint_backward:
-                self._backward(loss + unsupervised_loss)
-            elif unsupervised_loss.requires_grad:
-                self._backward(unsupervised_loss)
-            loss = loss.detach() + unsupervised_loss.detach()
-            terms |= unsupervised
-        else:
-            self._backward(loss)
+                waiting.append(part)
+            elif part.requires_grad:
+                self._backward(part)
+        if waiting:
+            self._backward(sum(waiting))
 
         if self._step_is_finite(terms, [*batch["keys"], *self._unlabeled_keys]) and self._optimizer_step():
             self.after_step()
-            self._last_loss = loss.detach().cpu().numpy()
+            self._last_loss = loss.cpu().numpy()
         self.global_step += 1
         # A skipped step repeats the loss of the one before, so that the epoch's mean stays a number.
         return {"loss": self._last_loss}
@@ -529,42 +576,46 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         unwrap(self.network).decoder.deep_supervision = enabled
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's, of the network that predicts; with a teacher, the other of the two is counted as well."""
-        if self.teacher is None:
+        """nnU-Net's, of the network that predicts; where there is another one, that is counted as well."""
+        networks = self.networks
+        if len(networks) == 1:
             return super().validation_step(batch)
         results = {}
-        for name, network in (("student", self.network), ("teacher", self.teacher.module)):
+        for name, network in networks.items():
             target = batch["target"]
             # nnU-Net overwrites ignored voxels of the target in place.
             copied = [t.clone() for t in target] if isinstance(target, list) else target.clone()
             with self._as_network(network):
                 results[name] = super().validation_step({**batch, "target": copied})
-        predicting, other = ("teacher", "student") if self.predicts_with_teacher() else ("student", "teacher")
         return {
-            **results[predicting],
-            **{f"{other}_{key}": results[other][key] for key in ("tp_hard", "fp_hard", "fn_hard")},
+            **results[self.predicting()],
+            **{
+                f"{other}_{key}": results[other][key]
+                for other in networks
+                if other != self.predicting()
+                for key in ("tp_hard", "fp_hard", "fn_hard")
+            },
         }
 
     def on_validation_epoch_end(self, val_outputs):
         super().on_validation_epoch_end(val_outputs)
-        if self.teacher is None:
+        networks = self.networks
+        if len(networks) == 1:
             return
-        predicting, other = ("teacher", "student") if self.predicts_with_teacher() else ("student", "teacher")
         outputs = collate_outputs(val_outputs)
-        counts = np.stack([np.sum(outputs[f"{other}_{key}"], 0) for key in ("tp_hard", "fp_hard", "fn_hard")])
-        if self.is_ddp:
-            gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, counts)
-            counts = np.sum(gathered, 0)
-        tp, fp, fn = counts.astype(float)
-        with np.errstate(invalid="ignore"):
-            dice = np.nanmean(2 * tp / (2 * tp + fp + fn))
-        self._log(
-            {
-                f"{predicting}_val_dice": float(self.logger.get_value("mean_fg_dice", step=-1)),
-                f"{other}_val_dice": float(dice),
-            }
-        )
+        dice = {f"{self.predicting()}_val_dice": float(self.logger.get_value("mean_fg_dice", step=-1))}
+        for other in networks:
+            if other == self.predicting():
+                continue
+            counts = np.stack([np.sum(outputs[f"{other}_{key}"], 0) for key in ("tp_hard", "fp_hard", "fn_hard")])
+            if self.is_ddp:
+                gathered = [None] * dist.get_world_size()
+                dist.all_gather_object(gathered, counts)
+                counts = np.sum(gathered, 0)
+            tp, fp, fn = counts.astype(float)
+            with np.errstate(invalid="ignore"):
+                dice[f"{other}_val_dice"] = float(np.nanmean(2 * tp / (2 * tp + fp + fn)))
+        self._log(dice)
 
     def on_epoch_end(self):
         logged = self._logged()
@@ -613,7 +664,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # --------------------------------------------------------------------------------------- predicted foreground
 
     def predicting_network(self) -> nn.Module:
-        return self.teacher.module if self.predicts_with_teacher() else self.network
+        return self.networks[self.predicting()]
 
     @torch.no_grad()
     def _refresh_foreground_locations(self) -> None:
@@ -690,7 +741,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         state = {
             "version": nnunet_semiseg.__version__,
             "options": asdict(self.options),
-            "predicts": "teacher" if self.predicts_with_teacher() else "student",
+            "predicts": self.predicting(),
             "companions": self.companions.state_dict(),
             "random": random_states,
             "non_finite_steps": self._non_finite_total,
@@ -700,9 +751,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 for case, by_class in self.foreground_locations.items()
             },
         }
-        if self.predicts_with_teacher():
+        if self.predicting() != "student":
             state["student"] = checkpoint["network_weights"]
-            checkpoint["network_weights"] = self.teacher.module.state_dict()
+            checkpoint["network_weights"] = self.predicting_network().state_dict()
         checkpoint[checkpoints.STATE_KEY] = state
         file = Path(filename)
         # The last but one stays, in case the last is damaged later.

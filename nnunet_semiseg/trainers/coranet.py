@@ -6,20 +6,19 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from nnunet_semiseg.losses.consistency import masked_squared_distance
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce, cost_sensitive_dice
-from nnunet_semiseg.losses.pseudo_labels import MaskedSegmentationLoss
-from nnunet_semiseg.losses.ramps import ramp_up_between
+from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce, small_deviation
 from nnunet_semiseg.networks.ema import EMATeacher, unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
 from nnunet_semiseg.networks.heads import FeatureHead
-from nnunet_semiseg.trainers.base import FrameOptions, SemiSupervisedTrainer, Term
+from nnunet_semiseg.trainers.base import Term
 from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
 
 # Table VI: a confidence above 0.8 (test-time augmentation, MC dropout) or a standard deviation below 0.001 is certain.
 CERTAIN_CONFIDENCE = 0.8
@@ -38,7 +37,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class CoraNetOptions(FrameOptions):
+class CoraNetOptions(PretrainingOptions):
     preset: str = option(
         "default",
         "paper: the printed settings; code: those of the published code",
@@ -52,18 +51,10 @@ class CoraNetOptions(FrameOptions):
         choices=("cost", "tta", "mcdropout", "aleatoric"),
     )
     passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
-    pretraining: float = option(0.2, "share of the run that trains on labeled data only", low=0.0, high=1.0)
-    min_recall: float = option(
-        0.3,
-        "recall of each class's certain labels on labeled patches, before which pretraining goes on",
-        low=0.0,
-        high=1.0,
-    )
     cost_dice: float = option(1.0, "weight of cost-sensitive Dice beside the heads' cross-entropy", low=0.0)
     certain_weight: float = option(0.3, "largest weight of self-training on the certain region", low=0.0)
     pseudo_dice: float = option(1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0)
     consistency_weight: float = option(0.3, "largest weight of the consistency on the uncertain region", low=0.0)
-    ramp_up: float = option(0.2, "share of the run over which both weights rise, after pretraining", low=0.0, high=1.0)
     all_heads: bool = option(False, "self-training and consistency on the two cost heads as well")
     relabel_every: int = option(50, "steps between two relabelings; also at the start of an epoch", low=1)
     label_reuse: int = option(5, "steps that train on a labeled patch before it is replaced", low=1)
@@ -97,7 +88,7 @@ CoraNetOptions.PRESETS = {
 }
 
 
-class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
+class nnUNetTrainerCoraNet(TwoPhaseTrainer):
     """CoraNet on nnU-Net's U-Net (Inconsistency-aware Uncertainty Estimation, IEEE TMI 2021).
 
     Three branches share encoder and decoder: the plans' own segmentation layer (main), and two heads on the last
@@ -142,12 +133,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         check_is_unet(unet)
         self._forward = self.compiled(forward_with_features)
         self._pool: list[dict] = []
-        # Progress at the start of phase 2, once it has started.
-        self._start: float | None = None
-        self._knows_classes = self.options.min_recall == 0
-        self._recall_counts = torch.zeros(2, self.labels.num_foreground, device=self.device)
-        self._certain_loss = MaskedSegmentationLoss(
-            self.labels, self.configuration_manager.batch_dice, self.options.pseudo_dice
+        self._certain_loss = WeightedSegmentationLoss(
+            self.labels, self.configuration_manager.batch_dice, dice_weight=self.options.pseudo_dice
         )
         companions = {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=False)}
         names = {"cost": ("conservative", "radical"), "aleatoric": ("mean", "deviation")}
@@ -168,9 +155,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     def _dropout(self) -> float:
         return DROPOUT if self.options.uncertainty == "mcdropout" else 0.0
 
-    def uses_unlabeled(self):
-        enough = self.global_step >= math.ceil(self.options.pretraining * self._total_steps)
-        return self._regions != (None, None) and self._knows_classes and enough
+    def wants_unlabeled(self):
+        return self._regions != (None, None)
 
     @property
     def _regions(self) -> tuple[str | None, str | None]:
@@ -181,50 +167,19 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             mean_teacher if self.options.consistency_weight > 0 else None,
         )
 
-    def predicts_with_teacher(self):
-        return self.options.predict_with == "teacher"
+    def predicting(self):
+        return self.options.predict_with
 
-    def before_step(self):
-        if self._start is None and self.uses_unlabeled():
-            self._start = self.progress
-            self._pool = []
-            # Algorithm 1, line 3: the teacher starts from the pretrained student.
-            self.teacher.copy_from(self.network)
-            if self._trains_all_heads:
-                self.companions["teacher_heads"].copy_from(self.companions["heads"])
+    def start_phase_2(self):
+        self._pool = []
+        # Algorithm 1, line 3: the teacher starts from the pretrained student.
+        self.teacher.copy_from(self.network)
+        if self._trains_all_heads:
+            self.companions["teacher_heads"].copy_from(self.companions["heads"])
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        self._recall_counts.zero_()
         self._pool = []
-
-    def on_train_epoch_end(self, train_outputs):
-        if not self._knows_classes:
-            if self.is_ddp:
-                dist.all_reduce(self._recall_counts)
-            found, present = self._recall_counts.cpu()
-            recall = (found / present)[present > 0]
-            self._knows_classes = bool((recall >= self.options.min_recall).all())
-            if not self._knows_classes and self.progress >= self.options.pretraining:
-                self.print_to_log_file(
-                    f"Pretraining goes on: certain recall of the classes on labeled data {recall.numpy().round(3)}, "
-                    f"min_recall is {self.options.min_recall}"
-                )
-        super().on_train_epoch_end(train_outputs)
-
-    def on_train_end(self):
-        super().on_train_end()
-        if self._start is None and self._regions != (None, None):
-            self.print_to_log_file(
-                "WARNING: This run never got beyond pretraining on labeled data, because a class was not learned well "
-                "enough (see above). Train longer, or lower min_recall"
-            )
-
-    def method_state(self):
-        return {"start": self._start, "knows_classes": self._knows_classes}
-
-    def load_method_state(self, state):
-        self._start, self._knows_classes = state["start"], state["knows_classes"]
 
     def after_step(self):
         super().after_step()
@@ -239,18 +194,13 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             terms = {"supervised": Term(self.loss(outputs, target))}
             heads = self._run_heads(features)
         foreground, valid = self.labels.one_vs_rest(full_resolution(target))
-        if not self._knows_classes:
-            self._count_recall(full_resolution(outputs).detach(), heads, foreground * valid)
+        if not self.knows_classes:
+            # What self-training would teach: labels that are certain.
+            taught, _ = self.labels.one_vs_rest(self.labels.hard(full_resolution(outputs).detach()))
+            if "conservative" in heads:
+                taught = taught * agreement(heads["conservative"], heads["radical"])
+            self.count_recall(taught, foreground * valid)
         return terms | self._head_losses(heads, foreground, valid, "")
-
-    @torch.no_grad()
-    def _count_recall(self, logits: torch.Tensor, heads: dict, present: torch.Tensor) -> None:
-        """Count the labeled voxels of each class, and those of them that self-training would teach as that class."""
-        taught, _ = self.labels.one_vs_rest(self.labels.hard(logits))
-        if "conservative" in heads:
-            taught = taught * agreement(heads["conservative"], heads["radical"])
-        axes = [0, *range(2, present.ndim)]
-        self._recall_counts += torch.stack(((taught * present).sum(axes), present.sum(axes)))
 
     def _run_heads(self, features: torch.Tensor, name: str = "heads") -> dict[str, torch.Tensor]:
         """(B, K, *) logits of each head."""
@@ -360,8 +310,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         student = full_resolution(outputs)
 
         terms = {}
-        # From 0 at the start of phase 2: SGD with momentum 0.99 takes a jump in the loss badly.
-        ramp = ramp_up_between(self.progress, self._start, o.ramp_up)
+        ramp = self.ramp()
         if self_training is not None:
             terms["certain"] = Term(self._certain_loss(student, hard, self_training), o.certain_weight * ramp)
             if heads:

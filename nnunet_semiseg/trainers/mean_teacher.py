@@ -6,24 +6,25 @@ from dataclasses import dataclass
 
 import torch
 
-from nnunet_semiseg.losses.consistency import probability_mse
-from nnunet_semiseg.losses.ramps import ramp_up_between
+from nnunet_semiseg.losses.consistency import clamped_noise, probability_mse
 from nnunet_semiseg.networks.ema import EMATeacher
-from nnunet_semiseg.trainers.base import FrameOptions, SemiSupervisedTrainer, Term, Unlabeled
+from nnunet_semiseg.trainers.base import RampOptions, SemiSupervisedTrainer, Term, Unlabeled
 from nnunet_semiseg.trainers.options import option
 
 
 @dataclass(frozen=True)
-class MeanTeacherOptions(FrameOptions):
-    consistency_weight: float = option(1.0, "largest weight of the consistency term", low=0.0)
-    ramp_up: float = option(1.0, "share of the run at which the weight is full", low=0.0, high=1.0)
-    warm_up: float = option(0.03, "share of the run without consistency, at the start", low=0.0, high=1.0)
+class TeacherOptions(RampOptions):
     ema_decay: float = option(0.99, "largest decay of the teacher, per step", low=0.0, high=1.0)
     noise: float = option(0.1, "SD of the noise on the teacher's input, in normalized intensities", low=0.0)
     student_view: str = option(
         "strong", "the student's input; the teacher's is the weak one", choices=("strong", "weak")
     )
     predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
+
+
+@dataclass(frozen=True)
+class MeanTeacherOptions(TeacherOptions):
+    consistency_weight: float = option(1.0, "largest weight of the consistency term", low=0.0)
 
 
 class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
@@ -41,28 +42,32 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     """
 
     Options = MeanTeacherOptions
-    options: MeanTeacherOptions
+    options: TeacherOptions
 
     def build_companions(self):
         return {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=True)}
 
-    def predicts_with_teacher(self):
-        return self.options.predict_with == "teacher"
+    def predicting(self):
+        return self.options.predict_with
 
-    def consistency_weight(self) -> float:
+    def unsupervised_weight(self) -> float:
         """w(t)."""
-        o = self.options
-        return o.consistency_weight * ramp_up_between(self.progress, o.warm_up, o.ramp_up - o.warm_up)
+        return self.options.consistency_weight * self.ramp()
 
     def uses_unlabeled(self):
-        return self.consistency_weight() > 0
+        return self.unsupervised_weight() > 0
+
+    @torch.no_grad()
+    def teacher_logits(self, weak: torch.Tensor) -> torch.Tensor:
+        """(B, C, *) of the teacher, on the weak view with noise."""
+        with self.random_stream:
+            noisy = clamped_noise(weak, self.options.noise)
+        return self.logits(self.teacher_network, noisy)
+
+    def student_input(self, unlabeled: Unlabeled) -> torch.Tensor:
+        return unlabeled.strong if self.options.student_view == "strong" else unlabeled.weak
 
     def unsupervised_loss(self, unlabeled: Unlabeled):
-        with self.random_stream:
-            noise = torch.randn_like(unlabeled.weak).mul_(self.options.noise)
-        noise = noise.clamp_(-2 * self.options.noise, 2 * self.options.noise)
-        with torch.no_grad():
-            teacher = self.labels.probabilities(self.logits(self.teacher_network, unlabeled.weak + noise))
-        view = unlabeled.strong if self.options.student_view == "strong" else unlabeled.weak
-        student = self.labels.probabilities(self.logits(self.student, view))
-        return {"consistency": Term(probability_mse(student, teacher), self.consistency_weight())}
+        teacher = self.labels.probabilities(self.teacher_logits(unlabeled.weak))
+        student = self.labels.probabilities(self.logits(self.student, self.student_input(unlabeled)))
+        return {"consistency": Term(probability_mse(student, teacher), self.unsupervised_weight())}

@@ -11,6 +11,16 @@ from nnunet_semiseg.trainers.options import parse_suffix
 TRAINERS = {
     "nnUNetTrainerMeanTeacher": "nnunet_semiseg.trainers.mean_teacher",
     "nnUNetTrainerCoraNet": "nnunet_semiseg.trainers.coranet",
+    "nnUNetTrainerUAMT": "nnunet_semiseg.trainers.uamt",
+    "nnUNetTrainerEntropyMinimization": "nnunet_semiseg.trainers.entropy_minimization",
+    "nnUNetTrainerPiModel": "nnunet_semiseg.trainers.pi_model",
+    "nnUNetTrainerBCP": "nnunet_semiseg.trainers.bcp",
+    "nnUNetTrainerMeanTeacherBURL": "nnunet_semiseg.trainers.mean_teacher_burl",
+    "nnUNetTrainerBCPBURL": "nnunet_semiseg.trainers.bcp_burl",
+    "nnUNetTrainerCPS": "nnunet_semiseg.trainers.cps",
+    "nnUNetTrainerDTML": "nnunet_semiseg.trainers.dtml",
+    "nnUNetTrainerDTC": "nnunet_semiseg.trainers.dtc",
+    "nnUNetTrainerDualStream": "nnunet_semiseg.trainers.dual_stream",
 }
 
 _found: dict[str, type] = {}

@@ -1,0 +1,38 @@
+"""From signed distances to masks (DTC, Luo et al. 2021; DTML, paper 001)."""
+
+from __future__ import annotations
+
+import torch
+
+from nnunet_semiseg.losses.consistency import masked_mean
+
+
+def mask_of_distance(distance: torch.Tensor, steepness: float) -> torch.Tensor:
+    """sigmoid(-k z), a smooth mask of a signed distance, negative inside (paper 001, Eq. 2 with its sign mended).
+
+    Args:
+        distance: z in [-1, 1], any shape; computed in float32, where k = 1500 does not overflow.
+        steepness: k.
+    """
+    return torch.sigmoid(-steepness * distance.float())
+
+
+def distance_error(distance: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of predicted distances over voxels and classes (L_dis of paper 001, Table 1).
+
+    Args:
+        distance, target: (B, K, *).
+        valid: (B, 1, *) bool, the voxels that count.
+    """
+    return masked_mean((distance.float() - target).square().mean(1, keepdim=True), valid)
+
+
+def cross_task_error(masks: torch.Tensor, probabilities: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of the two tasks' foreground (paper 001, Eq. 4); no side is detached.
+
+    Args:
+        masks: (B, K, *) from ``mask_of_distance``.
+        probabilities: (B, K, *) of the K foreground classes or regions.
+        valid: (B, 1, *) bool.
+    """
+    return masked_mean((masks - probabilities).square().mean(1, keepdim=True), valid)

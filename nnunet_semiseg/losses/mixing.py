@@ -1,0 +1,31 @@
+"""Copy-paste of one image into another (Bai et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def random_cuboid(shape, fraction: float, device=None) -> torch.Tensor:
+    """A mask that is True inside of a cuboid (2D: a rectangle) at a random place.
+
+    Args:
+        shape: Spatial shape, any dimension.
+        fraction: The cuboid's side as a share of the patch's, in every axis: int(fraction * side), at least 1 voxel.
+
+    Returns:
+        (1, 1, *shape) bool; it covers about fraction^d of the patch.
+    """
+    mask = torch.zeros((1, 1, *shape), dtype=torch.bool, device=device)
+    box = [slice(None), slice(None)]
+    for side in shape:
+        length = max(1, int(fraction * side))
+        start = int(torch.randint(0, side - length + 1, ()))
+        box.append(slice(start, start + length))
+    mask[tuple(box)] = True
+    return mask
+
+
+def halves(size: int) -> tuple[slice, slice]:
+    """Two halves of a batch; those of an odd number share its middle, those of 1 are the same sample."""
+    half = (size + 1) // 2
+    return slice(0, half), slice(size - half, size)

@@ -1,0 +1,42 @@
+"""Certain and uncertain regions with unequal weights (paper 003, Zhou et al. 2025)."""
+
+from __future__ import annotations
+
+import torch
+
+URL, CRL, NONE = "url", "crl", "none"
+
+
+class RegionLoss:
+    """A segmentation loss that favors the uncertain region (URL, Eq. 7), the certain one (CRL, Eq. 8), or neither.
+
+    * By default one loss with a weight for each voxel: 1 in the favored region, ``alpha`` in the other.
+    * ``region_normalized``: L(favored region) + alpha L(other region), each normalized by its own size, as the
+      equations can also be read. A voxel of the small uncertain region then weighs far more than one outside: with the
+      99th percentile and alpha = 0.5, CRL gives it about 50 times the weight, which is the contrary of its purpose.
+
+    Args:
+        loss: Called as loss(outputs, hard, weight); DeeplySupervised or WeightedSegmentationLoss.
+        alpha: Weight of the region that is not favored; 0 removes it (Table 6).
+        region_normalized: See above.
+    """
+
+    def __init__(self, loss, alpha: float, region_normalized: bool):
+        self.loss, self.alpha, self.region_normalized = loss, alpha, region_normalized
+
+    def __call__(self, outputs, hard: torch.Tensor, uncertain: torch.Tensor, favored: str, valid: torch.Tensor):
+        """
+        Args:
+            outputs: The network's output.
+            hard: Labels or pseudo labels, full resolution.
+            uncertain: (B, 1, *) bool.
+            favored: "url", "crl" or "none".
+            valid: (B, 1, *) bool, the voxels that count.
+        """
+        if favored == NONE:
+            return self.loss(outputs, hard, valid)
+        region = uncertain if favored == URL else ~uncertain
+        if self.region_normalized:
+            other = self.loss(outputs, hard, valid & ~region) if self.alpha > 0 else 0.0
+            return self.loss(outputs, hard, valid & region) + self.alpha * other
+        return self.loss(outputs, hard, torch.where(region, 1.0, self.alpha) * valid)

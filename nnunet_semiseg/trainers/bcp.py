@@ -1,0 +1,131 @@
+"""Bidirectional copy-paste, BCP (Bai et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nnunet_semiseg.data.components import keep_largest_components
+from nnunet_semiseg.losses.mixing import halves, random_cuboid
+from nnunet_semiseg.networks.ema import EMATeacher
+from nnunet_semiseg.networks.features import full_resolution
+from nnunet_semiseg.trainers.base import Term
+from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
+
+
+@dataclass(frozen=True)
+class BCPOptions(PretrainingOptions):
+    box: float = option(2 / 3, "side of the pasted cuboid, as a share of the patch's", low=0.0, high=1.0)
+    pseudo_weight: float = option(0.5, "weight of pseudo-labeled voxels beside labeled ones", low=0.0)
+    largest_component: bool = option(True, "keep only the largest component of each class in pseudo labels")
+    mix_pretraining: bool = option(True, "copy-paste between labeled patches while pretraining")
+    student_view: str = option("strong", "the student's unlabeled input; labels: weak view", choices=("strong", "weak"))
+    ema_decay: float = option(0.99, "decay of the teacher, per step", low=0.0, high=1.0)
+    predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
+
+
+class nnUNetTrainerBCP(TwoPhaseTrainer):
+    """Bidirectional copy-paste: labeled and unlabeled patches are pasted into each other, with their labels.
+
+    M is 0 in a cuboid of 2/3 of every side at a random place, 1 outside; one for each step. X_a, X_b and U_a, U_b are
+    the halves of a labeled and an unlabeled batch.
+
+    * Phase 1: copy-paste between labeled patches, X_a * M + X_b * (1 - M), with nnU-Net's loss on the mixed labels.
+    * Phase 2: X_out = X_a * M + U_a * (1 - M) and X_in = U_b * M + X_b * (1 - M), together a plan-sized batch. The
+      loss is nnU-Net's on the voxels that come from labeled patches, plus ``pseudo_weight`` times the same on those
+      from unlabeled ones, each normalized by its own region, at every resolution of deep supervision.
+    * Pseudo labels: argmax of a teacher on the weak view, largest component of each class. The teacher starts from the
+      pretrained student and is its moving average with a constant decay.
+
+    Decided:
+
+    * Patches are mixed after augmentation, at full resolution; the targets of deep supervision are made from the mixed
+      one.
+    * An odd batch shares its middle sample among the halves, a batch of one is both halves.
+    * Phase 2 starts when every class is found in labeled patches (``min_recall``), so that pseudo labels do not teach
+      that a class is absent.
+    * ``largest_component`` is wrong for structures in several pieces (tumors, ribs): turn it off there.
+    * The paper's code computes a ramped consistency weight and never uses it; here ``ramp_up`` raises
+      ``pseudo_weight`` after the change of phase.
+    """
+
+    Options = BCPOptions
+    options: BCPOptions
+
+    def build_companions(self):
+        self.host_loss = self.segmentation_loss()
+        return {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=False)}
+
+    def predicting(self):
+        return self.options.predict_with
+
+    def start_phase_2(self):
+        self.teacher.copy_from(self.network)
+
+    def labeled_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """The loss on labeled voxels, those of the mask ``valid``."""
+        return self.host_loss(outputs, hard, valid)
+
+    def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        """The loss on pseudo-labeled voxels. ``entropy``: (B, 1, *) of the prediction that the labels come from."""
+        return self.host_loss(outputs, hard, valid)
+
+    def losses(self, data, target):
+        hard, valid = self.labels.without_ignored(full_resolution(target))
+        if self.uses_unlabeled():
+            yield self.mixed_loss(data, hard, valid)
+        else:
+            yield self.pretraining_loss(data, hard, valid)
+
+    def cuboid(self, data: torch.Tensor) -> torch.Tensor:
+        """(1, 1, *) bool, True inside."""
+        with self.random_stream:
+            return random_cuboid(data.shape[2:], self.options.box).to(data.device)
+
+    def pretraining_loss(self, data, hard, valid) -> dict[str, Term]:
+        """Phase 1. Every sample is background of one mixed patch and cuboid of another."""
+        if self.options.mix_pretraining:
+            inside, shift = self.cuboid(data), (len(data) + 1) // 2
+            data, hard, valid = (torch.where(inside, x.roll(shift, 0), x) for x in (data, hard, valid))
+        with self.autocast():
+            outputs = self.student(data)
+        if not self.knows_classes:
+            found = self.labels.hard(full_resolution(outputs).detach())
+            self.count_recall(self.labels.one_vs_rest(found)[0], self.labels.one_vs_rest(hard)[0] * valid)
+        return {"supervised": Term(self.labeled_loss(outputs, hard, valid))}
+
+    @torch.no_grad()
+    def pseudo_labels(self, weak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hard pseudo labels of the teacher, and the (B, 1, *) entropy of its prediction."""
+        logits = self.logits(self.teacher_network, weak)
+        hard = self.labels.hard(logits)
+        if self.options.largest_component:
+            hard = keep_largest_components(hard, self.labels)
+        return hard, self.labels.entropy(logits)
+
+    def mixed_loss(self, data, hard, valid) -> dict[str, Term]:
+        """Phase 2: both mixed halves in one batch."""
+        unlabeled = self.next_unlabeled()
+        pseudo, entropy = self.pseudo_labels(unlabeled.weak)
+        image = unlabeled.strong if self.options.student_view == "strong" else unlabeled.weak
+        inside, (a, b) = self.cuboid(data), halves(len(data))
+
+        def mixed(labeled, unlabeled):
+            """X_out, where the cuboid is unlabeled, and X_in, where the rest is."""
+            out = torch.where(inside, unlabeled[a], labeled[a])
+            return torch.cat((out, torch.where(inside, labeled[b], unlabeled[b])))
+
+        real = mixed(torch.ones_like(valid), torch.zeros_like(valid))
+        with self.autocast():
+            outputs = self.student(mixed(data, image))
+        hard = mixed(hard, pseudo)
+        self.monitor("pseudo_foreground", self.labels.is_foreground(pseudo).float().mean())
+        return {
+            "supervised": Term(self.labeled_loss(outputs, hard, real & mixed(valid, valid))),
+            "pseudo": Term(
+                self.pseudo_loss(outputs, hard, ~real, mixed(entropy, entropy)),
+                self.options.pseudo_weight * self.ramp(),
+            ),
+        }

@@ -1,0 +1,33 @@
+"""Region learning on bidirectional copy-paste (paper 003, Zhou et al. 2025: "BCP + ours")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nnunet_semiseg.trainers.bcp import BCPOptions, nnUNetTrainerBCP
+from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOptions
+
+
+@dataclass(frozen=True)
+class BCPBURLOptions(RegionOptions, BCPOptions):
+    pass
+
+
+class nnUNetTrainerBCPBURL(RegionLearning, nnUNetTrainerBCP):
+    """Bidirectional copy-paste in which the losses are weighted by certain and uncertain regions.
+
+    * Phase 1: URL (Eq. 7) on the mixed labeled patches.
+    * Phase 2: URL on the voxels that come from labeled patches, by the student's entropy on the mixed patch; CRL
+      (Eq. 8) on those from unlabeled ones, by the entropy of the teacher's prediction on the patch before mixing.
+
+    Percentiles are taken in each mixed patch over the voxels of the same origin. What was corrected in the paper's
+    equations stands at nnUNetTrainerMeanTeacherBURL.
+    """
+
+    Options = BCPBURLOptions
+    options: BCPBURLOptions
+
+    def build_companions(self):
+        companions = super().build_companions()
+        self.build_region_loss()
+        return companions

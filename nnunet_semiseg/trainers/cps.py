@@ -1,0 +1,100 @@
+"""Cross pseudo supervision, CPS (Chen et al. 2021; the first stage of paper 002, FLARE22)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
+from nnunet_semiseg.trainers.base import RampOptions, Term
+from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer
+
+
+@dataclass(frozen=True)
+class CPSOptions(SecondNetworkOptions, RampOptions):
+    preset: str = option(
+        "default", "paper: Dice alone and two architectures; code: weight 0.1", choices=("default", "paper", "code")
+    )
+    pseudo_weight: float = option(0.3, "largest weight of the loss on the other network's labels", low=0.0)
+    pseudo_loss: str = option("both", "that loss", choices=("ce", "dice", "both"))
+    student_view: str = option(
+        "strong", "the input that is learned on; strong: labels from the weak view", choices=("strong", "weak")
+    )
+
+
+CPSOptions.PRESETS = {
+    "paper": dict(second_network="resenc", pseudo_loss="dice", student_view="weak", warm_up=0.0),
+    "code": dict(second_network="resenc", pseudo_loss="dice", student_view="weak", warm_up=0.0, pseudo_weight=0.1),
+}
+
+
+class nnUNetTrainerCPS(TwoNetworkTrainer):
+    """Cross pseudo supervision: two networks, each learns from the other's argmax on unlabeled patches.
+
+    L = L_nnU-Net(A) + L_nnU-Net(B) + w(t) [l(A(x), argmax B(x)) + l(B(x), argmax A(x))]
+
+    * The networks are of the same plans with different initialization, or of two architectures (``second_network``).
+    * l: nnU-Net's cross-entropy, Dice, or both, at full resolution; no gradient reaches the network that labels.
+    * w(t): Gaussian ramp-up to ``pseudo_weight``. Paper 002 states no weight; its code ramps to 0.1 over 200 epochs of
+      thousands of steps, and so hardly leaves zero. Here the ramp is over the run.
+
+    Decided:
+
+    * Unlabeled patches only, as in the medical implementations; the original also takes the labeled ones.
+    * With ``student_view=strong``, labels come from the weak view: two more forward passes without a gradient.
+    * The code's unsupervised loss is Lovasz's, the paper's is Dice; the presets use Dice.
+    * The paper's slice-position channel is not part of this trainer: nnU-Net's predictor does not tell a network where
+      a slice lies.
+    """
+
+    Options = CPSOptions
+    options: CPSOptions
+
+    def build_companions(self):
+        part = self.options.pseudo_loss
+        self.pseudo_loss = WeightedSegmentationLoss(
+            self.labels,
+            self.configuration_manager.batch_dice,
+            ce_weight=float(part != "dice"),
+            dice_weight=float(part != "ce"),
+        )
+        return super().build_companions()
+
+    def pseudo_weight(self) -> float:
+        """w(t)."""
+        return self.options.pseudo_weight * self.ramp()
+
+    def uses_unlabeled(self):
+        return self.pseudo_weight() > 0
+
+    def losses(self, data, target):
+        yield self.supervised_loss(data, target)
+        yield self.second_supervised_loss(data, target)
+        if self.uses_unlabeled():
+            yield from self.cross_losses(self.next_unlabeled())
+
+    def cross_losses(self, unlabeled):
+        """The two cross terms, a backward pass each."""
+        hard = {}
+        if self.options.student_view == "strong":
+            with torch.no_grad():
+                for name, network in (("first", self.student), ("second", self.second)):
+                    hard[name] = self.labels.hard(self.logits(network, unlabeled.weak))
+            learn = {
+                "first": lambda: self.logits(self.student, unlabeled.strong),
+                "second": lambda: self.logits(self.second, unlabeled.strong),
+            }
+        else:
+            logits = {
+                "first": self.logits(self.student, unlabeled.weak),
+                "second": self.logits(self.second, unlabeled.weak),
+            }
+            hard = {name: self.labels.hard(value.detach()) for name, value in logits.items()}
+            learn = {name: lambda value=value: value for name, value in logits.items()}
+        everywhere = torch.ones_like(hard["first"][:, :1], dtype=torch.bool)
+        self.monitor("disagreement", (hard["first"] != hard["second"]).any(1).float().mean())
+        weight = self.pseudo_weight()
+        yield {"cross_first": Term(self.pseudo_loss(learn["first"](), hard["second"], everywhere), weight)}
+        yield {"cross_second": Term(self.pseudo_loss(learn["second"](), hard["first"], everywhere), weight)}

@@ -1,0 +1,56 @@
+"""The signed distance as a second task, for DTML and DTC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nnunet_semiseg.data.signed_distance import SignedDistanceTransform
+from nnunet_semiseg.trainers.base import RampOptions
+from nnunet_semiseg.trainers.options import option
+
+
+@dataclass(frozen=True)
+class DistanceOptions(RampOptions):
+    consistency_weight: float = option(1.0, "largest weight of the cross-task consistency", low=0.0)
+    steepness: float = option(1500.0, "k of the smooth mask sigmoid(-k z)", low=1.0)
+    distance_unit: str = option("mm", "unit of the signed distance", choices=("mm", "voxel"))
+    max_distance: float = option(
+        0.0, "distance that maps to 1, in that unit; 0: half of the patch's shortest side", low=0.0
+    )
+
+
+class DistanceTask:
+    """Mixin: signed distances of labeled patches, computed by the augmentation workers if a loss needs them."""
+
+    def needs_distance(self) -> bool:
+        """Whether a loss needs the signed distance of the labels."""
+        raise NotImplementedError
+
+    def target_transforms(self):
+        if not self.needs_distance():
+            return []
+        configuration = self.configuration_manager
+        in_mm = self.options.distance_unit == "mm"
+        spacing = [float(s) if in_mm else 1.0 for s in configuration.spacing]
+        shortest = min(side * s for side, s in zip(configuration.patch_size, spacing))
+        return [
+            SignedDistanceTransform(
+                self.labels.num_foreground,
+                self.labels.has_regions,
+                spacing,
+                self.options.max_distance or shortest / 2,
+            )
+        ]
+
+    def split_distance(self, target):
+        """The batch's target as nnU-Net's loss takes it, and the (B, K, *) signed distance or None."""
+        if not self.needs_distance():
+            return target, None
+        *target, distance = target
+        return (target if self.enable_deep_supervision else target[0]), distance
+
+    def foreground_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, C, *) logits to the (B, K, *) probabilities of the foreground classes or regions."""
+        return self.labels.probabilities(logits)[:, -self.labels.num_foreground :]

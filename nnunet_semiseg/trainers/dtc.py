@@ -1,0 +1,84 @@
+"""Dual-task consistency, DTC (Luo et al. 2021), the single-network sibling of DTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nnunet_semiseg.losses.distance import cross_task_error, distance_error, mask_of_distance
+from nnunet_semiseg.networks.ema import unwrap
+from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
+from nnunet_semiseg.trainers.base import SemiSupervisedTrainer, Term
+from nnunet_semiseg.trainers.distance_task import DistanceOptions, DistanceTask
+from nnunet_semiseg.trainers.options import option
+
+
+@dataclass(frozen=True)
+class DTCOptions(DistanceOptions):
+    distance_weight: float = option(0.3, "weight of the supervised distance regression (beta)", low=0.0)
+
+
+class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
+    """One U-Net with two heads: nnU-Net's segmentation layer, and a 1x1 convolution with tanh for signed distances.
+
+    L = L_nnU-Net + beta mean((z - SDF)^2) on labeled patches
+        + lambda(t) mean((p - sigmoid(-k z))^2) on labeled and unlabeled patches
+
+    * z: one map for each foreground class or region, negative inside; SDF: signed distance of the labels, divided by a
+      constant (``max_distance``).
+    * lambda(t): Gaussian ramp-up to ``consistency_weight``; 1 and beta = 0.3 are the published code's.
+
+    Corrected: the paper's inverse transform has the wrong sign for distances that are negative inside; the code's
+    distances are divided by the patch's own maximum, are 0 everywhere in a patch without foreground, and NaN in a patch
+    full of it. The code's supervised loss is Dice alone; here it is nnU-Net's.
+    """
+
+    Options = DTCOptions
+    options: DTCOptions
+
+    def build_companions(self):
+        unet = unwrap(self.network)
+        check_is_unet(unet)
+        self._forward = self.compiled(forward_with_features)
+        head = unet.encoder.conv_op(unet.encoder.output_channels[0], self.labels.num_foreground, 1)
+        nn.init.normal_(head.weight, std=1e-3)
+        nn.init.zeros_(head.bias)
+        return {"distance_head": head}
+
+    def needs_distance(self):
+        return self.options.distance_weight > 0
+
+    def uses_unlabeled(self):
+        return self.options.consistency_weight * self.ramp() > 0
+
+    def both_tasks(self, data: torch.Tensor):
+        """The network's outputs, and z (B, K, *)."""
+        with self.autocast():
+            outputs, features = self._forward(unwrap(self.network), data)
+            distances = self.companions["distance_head"](features)
+        return outputs, distances.float().tanh()
+
+    def losses(self, data, target):
+        o = self.options
+        target, distance = self.split_distance(target)
+        _, valid = self.labels.without_ignored(full_resolution(target))
+        # The mean over labeled and unlabeled patches, of which there are as many.
+        weight = o.consistency_weight * self.ramp() / 2
+        outputs, predicted = self.both_tasks(data)
+        with self.autocast():
+            terms = {"supervised": Term(self.loss(outputs, target))}
+        if distance is not None:
+            terms["distance"] = Term(distance_error(predicted, distance, valid), o.distance_weight)
+        if self.uses_unlabeled():
+            terms["consistency_labeled"] = Term(self.consistency(outputs, predicted, valid), weight)
+        yield terms
+        if self.uses_unlabeled():
+            image = self.next_unlabeled().strong
+            everywhere = torch.ones_like(image[:, :1], dtype=torch.bool)
+            yield {"consistency": Term(self.consistency(*self.both_tasks(image), everywhere), weight)}
+
+    def consistency(self, outputs, distances, valid) -> torch.Tensor:
+        masks = mask_of_distance(distances, self.options.steepness)
+        return cross_task_error(masks, self.foreground_probabilities(full_resolution(outputs)), valid)

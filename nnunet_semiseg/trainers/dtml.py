@@ -1,0 +1,145 @@
+"""Dual-task mutual learning, DTML (Zhang and Zhang 2021; paper 001)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from torch import nn
+
+from nnunet_semiseg.losses.distance import cross_task_error, distance_error, mask_of_distance
+from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised
+from nnunet_semiseg.networks.features import check_is_unet, full_resolution
+from nnunet_semiseg.trainers.base import Term
+from nnunet_semiseg.trainers.distance_task import DistanceOptions, DistanceTask
+from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer
+
+# At nnU-Net's usual scale of a segmentation layer, tanh and k = 1500 leave a gradient to half a percent of the voxels.
+HEAD_DEVIATION = 1e-3
+
+
+@dataclass(frozen=True)
+class DTMLOptions(SecondNetworkOptions, DistanceOptions):
+    preset: str = option(
+        "default",
+        "paper: consistency weight 0.1; code: 1 in both networks' losses, which adds up to 2",
+        choices=("default", "paper", "code"),
+    )
+    supervision: str = option("mask", "what M_d learns from labels (Table 1)", choices=("mask", "distance", "both"))
+    setting: str = option(
+        "full",
+        "rows of Table 2: segmentation or distance: that network alone; labeled: consistency on labeled data only",
+        choices=("full", "labeled", "segmentation", "distance"),
+    )
+
+
+DTMLOptions.PRESETS = {
+    "paper": dict(consistency_weight=0.1, warm_up=0.0),
+    "code": dict(consistency_weight=2.0, warm_up=0.0),
+}
+
+
+class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
+    """Two networks of the same plans learn from each other: M_s segments, M_d regresses signed distances.
+
+    L = L_nnU-Net(M_s) + L_M_d + lambda(t) mean((p_s - sigmoid(-k z))^2) over labeled and unlabeled patches
+
+    * M_d: z = tanh of its output, one map for each foreground class or region, negative inside (Eqs. 1 to 3). L_M_d is
+      the Dice loss of sigmoid(-k z) (``supervision=mask``, the paper's best), the squared error to the signed distance
+      of the labels, or both (Table 1).
+    * The consistency (Eq. 4) reaches both networks: in each it is Eq. 5 or 6 with weight lambda, since neither network
+      depends on the other's weights.
+    * lambda(t): Gaussian ramp-up to ``consistency_weight``.
+    * M_s predicts; with ``setting=distance``, M_d does.
+
+    Corrected or decided, against paper and published code:
+
+    * Eq. 2 has the wrong sign for distances that are negative inside: sigmoid(-k z).
+    * lambda(t) lacks the square of the Gaussian ramp-up. The paper's maximum is 0.1, the code's 1; the code adds the
+      same term to both losses and back-propagates both, so it works as 2.
+    * Distances are divided by a constant (``max_distance``), not by the patch's own maximum.
+    * M_d's segmentation layers start small: otherwise hardly a voxel has a gradient through tanh and k.
+    * The output of M_d is -atanh(z), with a background channel that stays 0. Its argmax is the mask of z < 0, so that
+      M_d is a plain nnU-Net too (see TwoNetworkTrainer).
+    * L_mask has deep supervision, as nnU-Net's own loss; the consistency is at full resolution.
+    """
+
+    Options = DTMLOptions
+    options: DTMLOptions
+
+    def build_companions(self):
+        second = self.build_second()
+        check_is_unet(second)
+        for layer in second.decoder.seg_layers:
+            nn.init.normal_(layer.weight, std=HEAD_DEVIATION)
+            nn.init.zeros_(layer.bias)
+            if not self.labels.has_regions:
+                nn.init.zeros_(layer.weight[:1])
+        # Of the outputs -atanh(z); the mean over ranks is the training step's.
+        self.mask_dice = MemoryEfficientSoftDiceLoss(
+            lambda x: mask_of_distance(-x.float().tanh(), self.options.steepness),
+            batch_dice=self.configuration_manager.batch_dice,
+            smooth=1e-5,
+            ddp=False,
+        )
+        factors = self.loss.weight_factors if self.enable_deep_supervision else (1.0,)
+        self.mask_loss = DeeplySupervised(self._mask_loss, factors)
+        return {"second": second}
+
+    def _mask_loss(self, logits, hard, valid):
+        foreground, _ = self.labels.one_vs_rest(hard)
+        return self.mask_dice(logits[:, -self.labels.num_foreground :], foreground, loss_mask=valid)
+
+    def predicting(self):
+        return "second" if self.options.setting == "distance" else "student"
+
+    def needs_distance(self):
+        return self.options.supervision != "mask" and self.options.setting != "segmentation"
+
+    def consistency_weight(self) -> float:
+        """lambda(t)."""
+        return self.options.consistency_weight * self.ramp() if self.options.setting in ("full", "labeled") else 0.0
+
+    def uses_unlabeled(self):
+        return self.options.setting == "full" and self.consistency_weight() > 0
+
+    def distances(self, outputs) -> torch.Tensor:
+        """z, (B, K, *) of M_d's outputs, at full resolution."""
+        return -full_resolution(outputs)[:, -self.labels.num_foreground :].float().tanh()
+
+    def losses(self, data, target):
+        o = self.options
+        target, distance = self.split_distance(target)
+        hard, valid = self.labels.without_ignored(full_resolution(target))
+        terms = {}
+        with self.autocast():
+            if o.setting != "distance":
+                segmentation = self.student(data)
+                terms["supervised"] = Term(self.loss(segmentation, target))
+            if o.setting != "segmentation":
+                distances = self.second(data)
+        if o.setting != "segmentation":
+            if o.supervision != "distance":
+                terms["mask"] = Term(self.mask_loss(distances, hard, valid))
+            if distance is not None:
+                terms["distance"] = Term(distance_error(self.distances(distances), distance, valid))
+        weight = self.consistency_weight()
+        unlabeled = self.uses_unlabeled()
+        if weight > 0:
+            # The mean over labeled and unlabeled patches, of which there are as many.
+            weight = weight / 2 if unlabeled else weight
+            terms["consistency_labeled"] = Term(self.consistency(segmentation, distances, valid), weight)
+        yield terms
+        if unlabeled:
+            image = self.next_unlabeled().strong
+            with self.autocast():
+                segmentation, distances = self.student(image), self.second(image)
+            everywhere = torch.ones_like(image[:, :1], dtype=torch.bool)
+            yield {"consistency": Term(self.consistency(segmentation, distances, everywhere), weight)}
+
+    def consistency(self, segmentation, distances, valid) -> torch.Tensor:
+        """Eq. 4 of the outputs of M_s and M_d."""
+        masks = mask_of_distance(self.distances(distances), self.options.steepness)
+        return cross_task_error(masks, self.foreground_probabilities(full_resolution(segmentation)), valid)

@@ -1,0 +1,199 @@
+"""Dual-stream learning with contrastive prototypes (paper 004)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nnunet_semiseg.losses.consistency import masked_mean
+from nnunet_semiseg.losses.prototypes import (
+    PrototypeMemory,
+    class_means,
+    gather_features,
+    prototype_contrast,
+    sample_voxels,
+)
+from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
+from nnunet_semiseg.losses.uncertainty import above_percentile
+from nnunet_semiseg.networks.ema import unwrap
+from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
+from nnunet_semiseg.trainers.base import RampOptions, Term
+from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer
+
+# Voxels per class that prototypes are made of, and as many that are drawn to them.
+SAMPLED_VOXELS = 4096
+
+
+@dataclass(frozen=True)
+class DualStreamOptions(SecondNetworkOptions, RampOptions):
+    second_network: str = option(
+        "resenc",
+        "architecture of the second network: the plans' own or the named one",
+        choices=("same", "resenc", "plain"),
+    )
+    pseudo_weight: float = option(0.3, "largest weight of the winner's pseudo labels", low=0.0)
+    disagreement_weight: float = option(0.3, "largest weight of the term on confident disagreement", low=0.0)
+    contrast_weight: float = option(0.1, "largest weight of the prototype term", low=0.0)
+    mistake_weight: float = option(0.0, "weight of the code's labeled term where the networks differ", low=0.0)
+    unreliable: float = option(20.0, "percentage of voxels, those of highest entropy", low=0.0, high=100.0)
+    confidence: float = option(0.6, "both networks are this sure where their disagreement counts", low=0.0, high=1.0)
+    prototype_momentum: float = option(0.0, "moving average of prototypes; 0: of the batch alone", low=0.0, high=0.999)
+    student_view: str = option(
+        "strong", "the input that is learned on; pseudo labels are from the weak view", choices=("strong", "weak")
+    )
+    preset: str = option(
+        "default", "paper: weight 1 for pseudo labels and disagreement, one view", choices=("default", "paper")
+    )
+
+
+DualStreamOptions.PRESETS = {
+    "paper": dict(pseudo_weight=1.0, disagreement_weight=1.0, contrast_weight=0.1, student_view="weak", warm_up=0.0)
+}
+
+
+class nnUNetTrainerDualStream(TwoNetworkTrainer):
+    """Two networks of different architecture; the better one labels, both contrast uncertain voxels with prototypes.
+
+    L = L_s(A) + L_s(B) + lambda_u(t) [l(A, y^) + l(B, y^)] + lambda_d(t) L_reg + lambda_c(t) [L_c(A) + L_c(B)]
+
+    * L_s: nnU-Net's loss on the labeled batch. The network with the lower one in this step is the winner.
+    * y^: the winner's argmax on the unlabeled patches, for both networks, in the reliable region: the voxels but the
+      ``unreliable`` percent of highest winner's entropy in each patch (Eq. 2). l: nnU-Net's cross-entropy and Dice.
+    * L_reg (Eqs. 4 and 5): mean |p_A - p_B| over voxels where the argmaxes differ and both networks are more
+      ``confidence`` sure; the gradient goes to both.
+    * L_c (Eq. 7): - log p(y^_v | v) over voxels of the unreliable region, p by Euclidean distance of normalized
+      features to the prototypes; y^_v is the network's own argmax there. A prototype is the mean feature of reliable
+      voxels of a class. Both sides have gradients: the softmax pulls voxels to their prototype and pushes prototypes
+      apart. With regions, each region has two prototypes, inside and outside.
+    * lambda(t): Gaussian ramp-up to the weights.
+
+    The published code is no guide: it detaches the predictions and computes the prototypes without gradient, so that
+    none of its unsupervised terms trains anything. Corrected or decided, against the paper:
+
+    * lambda_c's exponent has the wrong sign and constant (5.5 at the start); it is the usual ramp-up to 0.1.
+    * Eq. 2 compares the pseudo label with itself in Dice; here Dice(f(x), y^).
+    * Eq. 4 is malformed; Eq. 5 is a sum, here a mean over the voxels of the mask.
+    * The share of unreliable voxels is not stated; the code's percentile of 20 makes two thirds or more unreliable,
+      and was probably meant to be 80, which is 20 percent.
+    * Eq. 7's loss, and the labels of uncertain voxels, are not written out; see above.
+    * lambda_u is 1 in the paper; with a ramp and 0.3, wrong labels of an untrained network do less harm.
+    * ``mistake_weight`` (0.5 in the code) is the one extra term that trained anything there: squared error to the
+      labels where the two networks differ.
+    """
+
+    Options = DualStreamOptions
+    options: DualStreamOptions
+
+    def build_companions(self):
+        first, second = unwrap(self.network), self.build_second()
+        for network in (first, second):
+            check_is_unet(network)
+        self._forwards = [self.compiled(forward_with_features) for _ in range(2)]
+        self.pseudo_loss = WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice)
+        # Exclusive labels are one problem of C classes, regions are R problems of two.
+        problems, classes = (self.labels.num_outputs, 2) if self.labels.has_regions else (1, self.labels.num_outputs)
+        memories = {
+            f"prototypes_{name}": PrototypeMemory(
+                problems, classes, network.encoder.output_channels[0], self.options.prototype_momentum
+            )
+            for name, network in (("first", first), ("second", second))
+        }
+        return {"second": second, **memories}
+
+    def uses_unlabeled(self):
+        o = self.options
+        return max(o.pseudo_weight, o.disagreement_weight, o.contrast_weight) * self.ramp() > 0
+
+    def losses(self, data, target):
+        with self.autocast():
+            outputs = [self.student(data), self.second(data)]
+            supervised = [self.loss(output, target) for output in outputs]
+        terms = {"supervised": Term(supervised[0]), "supervised_second": Term(supervised[1])}
+        if self.options.mistake_weight > 0:
+            terms |= self.mistake_terms([full_resolution(output) for output in outputs], full_resolution(target))
+        yield terms
+        del outputs
+        if self.uses_unlabeled():
+            yield self.unlabeled_terms(self.next_unlabeled(), self.winner(supervised))
+
+    def winner(self, supervised: list[torch.Tensor]) -> int:
+        """Index of the network with the lower supervised loss, the same on all ranks."""
+        values = torch.stack([value.detach().float() for value in supervised])
+        if self.is_ddp:
+            dist.all_reduce(values)
+        winner = int(values.argmin())
+        self.monitor("second_wins", float(winner))
+        return winner
+
+    def mistake_terms(self, logits: list[torch.Tensor], target: torch.Tensor) -> dict[str, Term]:
+        """Squared error of the foreground's probabilities to the labels, where the two networks decide differently."""
+        foreground, valid = self.labels.one_vs_rest(target)
+        differ = self.differ([self.labels.hard(value.detach()) for value in logits]) & valid
+        terms = {}
+        for name, value in zip(("mistake_first", "mistake_second"), logits):
+            p = self.labels.probabilities(value)[:, -self.labels.num_foreground :]
+            error = (p - foreground).square().mean(1, keepdim=True)
+            terms[name] = Term(masked_mean(error, differ), self.options.mistake_weight)
+        return terms
+
+    @staticmethod
+    def differ(hard: list[torch.Tensor]) -> torch.Tensor:
+        """(B, 1, *) bool: where two hard predictions are not the same."""
+        return (hard[0] != hard[1]).any(1, keepdim=True)
+
+    def unlabeled_terms(self, unlabeled, winner: int) -> dict[str, Term]:
+        o = self.options
+        networks = [unwrap(self.network), self.companions["second"]]
+        image = unlabeled.strong if o.student_view == "strong" else unlabeled.weak
+        with self.autocast():
+            results = [forward(network, image) for forward, network in zip(self._forwards, networks)]
+        logits = [full_resolution(outputs) for outputs, _ in results]
+        if o.student_view == "strong":
+            with torch.no_grad():
+                labeling = self.logits((self.student, self.second)[winner], unlabeled.weak)
+        else:
+            labeling = logits[winner].detach()
+        pseudo = self.labels.hard(labeling)
+        reliable = ~above_percentile(self.labels.entropy(labeling), 100 - o.unreliable)
+        self.monitor("reliable_voxels", reliable.float().mean())
+
+        own = [self.labels.hard(value.detach()) for value in logits]
+        ramp = self.ramp()
+        terms = {}
+        if o.pseudo_weight > 0:
+            for name, value in zip(("pseudo_first", "pseudo_second"), logits):
+                terms[name] = Term(self.pseudo_loss(value, pseudo, reliable), o.pseudo_weight * ramp)
+        if o.disagreement_weight > 0:
+            terms["disagreement"] = Term(self.disagreement(logits, own), o.disagreement_weight * ramp)
+        if o.contrast_weight > 0:
+            for name, (_, features), hard in zip(("first", "second"), results, own):
+                contrast = self.contrast(name, features, pseudo, reliable, hard)
+                terms[f"contrast_{name}"] = Term(contrast, o.contrast_weight * ramp)
+        return terms
+
+    def disagreement(self, logits: list[torch.Tensor], hard: list[torch.Tensor]) -> torch.Tensor:
+        """L_reg, Eqs. 4 and 5."""
+        p = [self.labels.probabilities(value) for value in logits]
+        sure = torch.minimum(*(self.labels.confidence(value.detach()) for value in p)) > self.options.confidence
+        mask = self.differ(hard) & sure
+        self.monitor("confident_disagreement", mask.float().mean())
+        return masked_mean((p[0] - p[1]).abs().mean(1, keepdim=True), mask)
+
+    def contrast(self, name: str, features, pseudo, reliable, own) -> torch.Tensor:
+        """L_c of one network, Eq. 7."""
+        memory = self.companions[f"prototypes_{name}"]
+        losses = []
+        for problem in range(memory.means.shape[0]):
+            classes = memory.means.shape[1]
+            taught, guessed = pseudo[:, problem].long(), own[:, problem].long()
+            with self.random_stream:
+                sure = sample_voxels(taught, reliable[:, 0], classes, SAMPLED_VOXELS)
+                unsure = sample_voxels(guessed, ~reliable[:, 0], classes, SAMPLED_VOXELS)
+            means, present = class_means(gather_features(features, sure), taught.flatten()[sure], classes)
+            prototypes, known = memory(problem, means, present)
+            vectors = gather_features(features, unsure)
+            losses.append(prototype_contrast(vectors, guessed.flatten()[unsure], prototypes, known))
+        return torch.stack(losses).mean()

@@ -1,0 +1,70 @@
+"""Region learning on Mean Teacher (paper 003, Zhou et al. 2025: "MT + ours")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nnunet_semiseg.losses.regions import NONE
+from nnunet_semiseg.networks.features import full_resolution
+from nnunet_semiseg.trainers.base import Term, Unlabeled
+from nnunet_semiseg.trainers.mean_teacher import TeacherOptions, nnUNetTrainerMeanTeacher
+from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOptions
+
+
+@dataclass(frozen=True)
+class MeanTeacherBURLOptions(RegionOptions, TeacherOptions):
+    pseudo_weight: float = option(0.3, "largest weight of the loss on pseudo labels", low=0.0)
+
+
+class nnUNetTrainerMeanTeacherBURL(RegionLearning, nnUNetTrainerMeanTeacher):
+    """Mean Teacher with pseudo labels, weighted by certain and uncertain regions.
+
+    L = L^l (Eq. 7, URL) + w(t) L^u (Eq. 8, CRL); L_seg is nnU-Net's Dice and cross-entropy, deep supervision included.
+
+    * Labeled: voxels where the student is uncertain weigh 1, the others ``alpha``.
+    * Unlabeled: the teacher's argmax is the label (in place of Mean Teacher's squared difference); voxels where the
+      teacher is certain weigh 1, the others ``alpha``.
+    * ``labeled_regions`` and ``unlabeled_regions`` switch, exchange or drop the two (Tables 3 to 5).
+
+    Corrected or decided, against the paper (there is no published code):
+
+    * Eq. 3 lacks the minus sign, without which the certain voxels would be called uncertain; U is one map, the sum over
+      classes.
+    * Eqs. 5 to 8 multiply labels by masks, which would turn voxels into background; here both sides of the loss are
+      masked, as the text says.
+    * One student learns from both halves; the teacher is its moving average with theta_t = a theta_t-1 +
+      (1 - a) theta_s. (Eq. 10 has the two exchanged, and sections 3.2 to 3.4 call the student a teacher.)
+    * Percentiles are taken in each sample, over voxels that are not ignored.
+    * Voxel weights by default; Eqs. 7 and 8 read as two normalized losses are ``region_normalized``.
+    * Eq. 9 has no ramp; the host's is kept.
+    """
+
+    Options = MeanTeacherBURLOptions
+    options: MeanTeacherBURLOptions
+
+    def build_companions(self):
+        self.host_loss = self.segmentation_loss()
+        self.build_region_loss()
+        return super().build_companions()
+
+    def unsupervised_weight(self):
+        return self.options.pseudo_weight * self.ramp()
+
+    def supervised_loss(self, data, target):
+        if self.options.labeled_regions == NONE:
+            return super().supervised_loss(data, target)
+        with self.autocast():
+            outputs = self.student(data)
+        return {"supervised": Term(self.labeled_loss(outputs, *self.labels.without_ignored(full_resolution(target))))}
+
+    def unsupervised_loss(self, unlabeled: Unlabeled):
+        teacher = self.teacher_logits(unlabeled.weak)
+        hard = self.labels.hard(teacher)
+        with self.autocast():
+            outputs = self.student(self.student_input(unlabeled))
+        everywhere = torch.ones_like(hard[:, :1], dtype=torch.bool)
+        loss = self.pseudo_loss(outputs, hard, everywhere, self.labels.entropy(teacher))
+        return {"pseudo": Term(loss, self.unsupervised_weight())}

@@ -1,0 +1,38 @@
+"""Pi-model (Laine and Aila 2017): two noisy looks of one network at the same patch agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nnunet_semiseg.losses.consistency import clamped_noise
+from nnunet_semiseg.trainers.base import RampOptions, SemiSupervisedTrainer, Term, Unlabeled
+from nnunet_semiseg.trainers.options import option
+
+
+@dataclass(frozen=True)
+class PiModelOptions(RampOptions):
+    consistency_weight: float = option(1.0, "largest weight of the consistency term", low=0.0)
+    noise: float = option(0.1, "SD of the noise on the second input, in normalized intensities", low=0.0)
+
+
+class nnUNetTrainerPiModel(SemiSupervisedTrainer):
+    """Pi-model: consistency of the student with itself under different augmentation.
+
+    L = L_nnU-Net(labeled) + w(t) mean((p(x_strong) - p(x_weak + noise))^2)
+
+    One network, no teacher; as in the paper, the gradient flows through both evaluations. w(t) is the Gaussian ramp-up
+    to ``consistency_weight``. The two evaluations differ by nnU-Net's intensity augmentation on one side and clamped
+    Gaussian noise on the other; nnU-Net's networks have no dropout.
+    """
+
+    Options = PiModelOptions
+    options: PiModelOptions
+
+    def uses_unlabeled(self):
+        return self.options.consistency_weight * self.ramp() > 0
+
+    def unsupervised_loss(self, unlabeled: Unlabeled):
+        with self.random_stream:
+            noisy = clamped_noise(unlabeled.weak, self.options.noise)
+        first, second = (self.labels.probabilities(self.logits(self.student, x)) for x in (unlabeled.strong, noisy))
+        return {"consistency": Term((first - second).square().mean(), self.options.consistency_weight * self.ramp())}

@@ -1,0 +1,105 @@
+"""Two-phase training: labeled data alone until the network knows every class, then unlabeled data as well."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nnunet_semiseg.losses.ramps import ramp_up_between
+from nnunet_semiseg.trainers.base import FrameOptions, SemiSupervisedTrainer
+from nnunet_semiseg.trainers.options import option
+
+
+@dataclass(frozen=True)
+class PretrainingOptions(FrameOptions):
+    pretraining: float = option(0.2, "share of the run that trains on labeled data only", low=0.0, high=1.0)
+    min_recall: float = option(
+        0.3, "recall of each class on labeled patches, before which pretraining goes on", low=0.0, high=1.0
+    )
+    ramp_up: float = option(
+        0.2, "share of the run over which the unsupervised weight rises, after pretraining", low=0.0, high=1.0
+    )
+
+
+class TwoPhaseTrainer(SemiSupervisedTrainer):
+    """The frame of methods that teach themselves with pseudo labels of a pretrained network.
+
+    Phase 2 starts when ``pretraining`` of the run is done and, in the labeled patches of an epoch, every class is found
+    with ``min_recall``: pseudo labels of a network that does not find a class yet teach that there is none.
+
+    A method calls ``count_recall`` in its supervised loss and overrides ``start_phase_2``, ``wants_unlabeled``.
+    """
+
+    options: PretrainingOptions
+
+    def initialize(self):
+        # Progress at the start of phase 2, once it has started.
+        self.phase_2_start: float | None = None
+        self.knows_classes = self.options.min_recall == 0
+        super().initialize()
+        self._recall_counts = torch.zeros(2, self.labels.num_foreground, device=self.device)
+
+    def wants_unlabeled(self) -> bool:
+        """False for a setting of the method that has no phase 2."""
+        return True
+
+    def start_phase_2(self) -> None:
+        """Called once, before the first step of phase 2."""
+
+    def uses_unlabeled(self):
+        enough = self.global_step >= math.ceil(self.options.pretraining * self._total_steps)
+        return self.wants_unlabeled() and self.knows_classes and enough
+
+    def ramp(self) -> float:
+        """From exp(-5) at the start of phase 2 to 1: SGD with momentum 0.99 takes a jump in the loss badly."""
+        return ramp_up_between(self.progress, self.phase_2_start, self.options.ramp_up)
+
+    @torch.no_grad()
+    def count_recall(self, found: torch.Tensor, present: torch.Tensor) -> None:
+        """Count the labeled voxels of each class, and those of them that are found.
+
+        Args:
+            found, present: (B, K, *) bool or float in {0, 1}.
+        """
+        axes = [0, *range(2, present.ndim)]
+        self._recall_counts += torch.stack(((found * present).sum(axes), present.sum(axes)))
+
+    def before_step(self):
+        if self.phase_2_start is None and self.uses_unlabeled():
+            self.phase_2_start = self.progress
+            self.start_phase_2()
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self._recall_counts.zero_()
+
+    def on_train_epoch_end(self, train_outputs):
+        if not self.knows_classes:
+            if self.is_ddp:
+                dist.all_reduce(self._recall_counts)
+            found, present = self._recall_counts.cpu()
+            recall = (found / present)[present > 0]
+            self.knows_classes = bool((recall >= self.options.min_recall).all())
+            if not self.knows_classes and self.progress >= self.options.pretraining:
+                self.print_to_log_file(
+                    f"Pretraining goes on: recall of the classes on labeled data {recall.numpy().round(3)}, "
+                    f"min_recall is {self.options.min_recall}"
+                )
+        super().on_train_epoch_end(train_outputs)
+
+    def on_train_end(self):
+        super().on_train_end()
+        if self.phase_2_start is None and self.wants_unlabeled():
+            self.print_to_log_file(
+                "WARNING: This run never got beyond pretraining on labeled data, because a class was not learned well "
+                "enough (see above). Train longer, or lower min_recall"
+            )
+
+    def method_state(self):
+        return {"phase_2_start": self.phase_2_start, "knows_classes": self.knows_classes}
+
+    def load_method_state(self, state):
+        self.phase_2_start, self.knows_classes = state["phase_2_start"], state["knows_classes"]

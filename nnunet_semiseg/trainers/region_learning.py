@@ -1,0 +1,51 @@
+"""Bidirectional uncertainty-aware region learning (paper 003, Zhou et al. 2025), to be put onto a host method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nnunet_semiseg.losses.regions import CRL, NONE, URL, RegionLoss
+from nnunet_semiseg.losses.uncertainty import above_percentile
+from nnunet_semiseg.networks.features import full_resolution
+from nnunet_semiseg.trainers.options import option
+
+
+@dataclass(frozen=True)
+class RegionOptions:
+    labeled_regions: str = option(
+        URL, "what labeled data favors: uncertain (url) or certain (crl) voxels", choices=(URL, CRL, NONE)
+    )
+    unlabeled_regions: str = option(CRL, "the same of unlabeled data", choices=(CRL, URL, NONE))
+    alpha: float = option(0.5, "weight of the region that is not favored; 0 removes it", low=0.0, high=1.0)
+    percentile_labeled: float = option(95.0, "voxels above it are uncertain, labeled data", low=0.0, high=100.0)
+    percentile_unlabeled: float = option(99.0, "voxels above it are uncertain, unlabeled data", low=0.0, high=100.0)
+    region_normalized: bool = option(False, "normalize each region's loss by the region's own size")
+
+
+class RegionLearning:
+    """Mixin: the host's segmentation losses on labeled and on pseudo-labeled voxels, weighted by region.
+
+    The uncertain region of a sample is where the entropy of a prediction lies above a percentile of the sample's own
+    voxels (Eqs. 3 and 4): the student's own prediction for labels (URL), the teacher's that made them for pseudo
+    labels (CRL).
+
+    A host calls ``labeled_loss`` and ``pseudo_loss`` and builds ``host_loss`` first.
+    """
+
+    def build_region_loss(self) -> None:
+        self.region_loss = RegionLoss(self.host_loss, self.options.alpha, self.options.region_normalized)
+
+    def labeled_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        o = self.options
+        entropy = self.labels.entropy(full_resolution(outputs).detach())
+        uncertain = above_percentile(entropy, o.percentile_labeled, valid)
+        return self.region_loss(outputs, hard, uncertain, o.labeled_regions, valid)
+
+    def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        """``entropy``: (B, 1, *) of the prediction that ``hard`` comes from."""
+        o = self.options
+        uncertain = above_percentile(entropy, o.percentile_unlabeled, valid)
+        self.monitor("uncertain_voxels", uncertain.float().mean())
+        return self.region_loss(outputs, hard, uncertain, o.unlabeled_regions, valid)

@@ -1,0 +1,173 @@
+"""Every method: which networks each of its terms trains, and its walk from training to an exported model."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, flat, make_case, short, train_steps
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import run_training
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
+from nnunet_semiseg.trainers.two_networks import TwoNetworkTrainer
+
+STUDENT, SECOND, BOTH = {"student"}, {"second"}, {"student", "second"}
+# Term -> the networks that it trains. Supervised terms are of the student unless they say otherwise.
+CONSISTENCY = {"supervised": STUDENT, "consistency": STUDENT}
+PSEUDO = {"supervised": STUDENT, "pseudo": STUDENT}
+DISTANCE = {"student", "distance_head"}
+TERMS = {
+    "MeanTeacher": CONSISTENCY,
+    "UAMT": CONSISTENCY,
+    "PiModel": CONSISTENCY,
+    "EntropyMinimization": {"supervised": STUDENT, "entropy": STUDENT},
+    "CoraNet": {
+        **CONSISTENCY,
+        "conservative": {"student", "heads"},
+        "radical": {"student", "heads"},
+        "certain": STUDENT,
+    },
+    "MeanTeacherBURL": PSEUDO,
+    "BCP": PSEUDO,
+    "BCPBURL": PSEUDO,
+    "CPS": {"supervised": STUDENT, "supervised_second": SECOND, "cross_first": STUDENT, "cross_second": SECOND},
+    "DTML": {
+        "supervised": STUDENT,
+        "mask": SECOND,
+        "distance": SECOND,
+        "consistency_labeled": BOTH,
+        "consistency": BOTH,
+    },
+    "DTC": {"supervised": STUDENT, "distance": DISTANCE, "consistency_labeled": DISTANCE, "consistency": DISTANCE},
+    "DualStream": {
+        "supervised": STUDENT,
+        "supervised_second": SECOND,
+        "mistake_first": STUDENT,
+        "mistake_second": SECOND,
+        "pseudo_first": STUDENT,
+        "pseudo_second": SECOND,
+        "disagreement": BOTH,
+        "contrast_first": STUDENT,
+        "contrast_second": SECOND,
+    },
+}
+MORE = {"DualStream": "_mistake_weight=0.5_confidence=0.3"}
+
+
+def test_every_method_is_in_the_table():
+    assert {f"nnUNetTrainer{name}" for name in TERMS} == set(TRAINERS)
+
+
+def perturb(module, amount=0.05):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(amount * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions_ignore"])
+@pytest.mark.parametrize("method", TERMS)
+def test_each_term_trains_the_networks_it_should_and_no_others(started, method, kind):
+    torch.manual_seed(0)
+    trainer = started(short(f"nnUNetTrainer{method}") + MORE.get(method, ""), kind, "2d")
+    train_steps(trainer, 2)
+    # No two networks agree.
+    for companion in trainer.companions.values():
+        perturb(companion)
+    batch = next(trainer.dataloader_train)
+    trainer.global_step = 3
+    if method == "CoraNet":
+        trainer.before_step()
+        original = trainer.next_unlabeled
+        trainer.next_unlabeled = lambda: {**original(), "certain": torch.rand(batch["data"].shape) < 0.5}
+    modules = {"student": trainer.network, **dict(trainer.companions)}
+    reached = {}
+    trainer._unlabeled_keys = []
+    for group in trainer.losses(batch["data"], batch["target"]):
+        for term, (value, weight) in group.items():
+            assert weight > 0 and torch.isfinite(value), term
+            reached[term] = set()
+            for name, module in modules.items():
+                parameters = [p for p in module.parameters() if p.requires_grad]
+                if not parameters:
+                    continue
+                gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+                gradients = torch.cat([g.flatten() for g in gradients if g is not None] or [torch.zeros(1)])
+                assert torch.isfinite(gradients).all(), term
+                if gradients.abs().sum() > 0:
+                    reached[term].add(name)
+    assert reached == TERMS[method]
+    # A teacher has no parameter that could be trained.
+    if trainer.teacher is not None:
+        assert not [p for p in trainer.teacher.parameters() if p.requires_grad]
+
+
+# What switches a method's unlabeled half off, where its supervised part is nnU-Net's own.
+OFF = {
+    "MeanTeacher": "_consistency_weight=0",
+    "UAMT": "_consistency_weight=0",
+    "PiModel": "_consistency_weight=0",
+    "EntropyMinimization": "_entropy_weight=0",
+    "MeanTeacherBURL": "_pseudo_weight=0_labeled_regions=none",
+    "BCP": "_pretraining=1_mix_pretraining=false",
+    "CPS": "_pseudo_weight=0",
+    "DTML": "_setting=segmentation",
+    "DTC": "_consistency_weight=0_distance_weight=0",
+    "DualStream": "_pseudo_weight=0_disagreement_weight=0_contrast_weight=0",
+}
+
+
+@pytest.fixture(scope="module")
+def vanilla():
+    """Weights of the student after five steps of Mean Teacher with weight 0, which equal stock nnU-Net's."""
+    return {}
+
+
+@pytest.mark.parametrize("method", OFF)
+def test_switched_off_the_student_trains_as_in_stock_nnunet(started, vanilla, method):
+    trainer = started(f"nnUNetTrainer{method}{OFF[method]}{SHORT}")
+    train_steps(trainer, 4)
+    if not vanilla:
+        reference = started(f"nnUNetTrainerMeanTeacher_consistency_weight=0{SHORT}")
+        train_steps(reference, 4)
+        vanilla["weights"] = flat(reference.network)
+    assert torch.equal(flat(trainer.network), vanilla["weights"])
+
+
+def predict(folder: Path, image: np.ndarray) -> np.ndarray:
+    """What nnU-Net's own predictor makes of a model folder."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(str(folder), use_folds=(0,))
+    return predictor.predict_single_npy_array(image[None], {"spacing": [1.0, 1.0, 1.0]}, None, None, True)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "kind, configuration",
+    [("labels", "2d"), ("labels", "3d_fullres"), ("regions", "2d"), ("regions", "3d_fullres")],
+)
+def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind, configuration):
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
+    trainer = short(name)
+    run_training(prepared(kind), configuration, 0, trainer, "nnUNetPlans_cpu", device=torch.device("cpu"))
+    dataset = work / "results" / prepared(kind)
+    model = dataset / f"{trainer}__nnUNetPlans_cpu__{configuration}"
+    image = make_case(300)[0]
+    segmentation, probabilities = predict(model, image)
+    assert segmentation.shape == image.shape and set(np.unique(segmentation)) <= {0, 1, 2}
+    assert np.isfinite(probabilities).all()
+
+    exported = tmp_path / "exported"
+    assert cli.main(["export", "-i", str(model), "-o", str(exported)]) == 0
+    assert np.array_equal(predict(exported, image)[1], probabilities)
+
+    second = dataset / f"{trainer}_second__nnUNetPlans_cpu__{configuration}"
+    if issubclass(find_trainer(name), TwoNetworkTrainer):
+        assert np.isfinite(predict(second, image)[1]).all()
+        assert not np.array_equal(predict(second, image)[1], probabilities)
+        shutil.rmtree(second)
+    shutil.rmtree(model)

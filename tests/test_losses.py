@@ -213,7 +213,7 @@ def test_masks_of_no_voxels_give_a_finite_loss_with_a_graph():
         heteroscedastic_bce(logits, logits.exp(), torch.zeros_like(logits), nothing, torch.randn(2, *logits.shape)),
     ]
     for value in values:
-        assert float(value) == 0
+        assert value.item() == 0
         (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
         assert not gradient.any()
 

@@ -1,0 +1,720 @@
+"""The methods' equations, read slowly: voxel by voxel, from the papers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, short, train_steps
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from scipy import ndimage
+from test_losses import SHAPES, adapter, voxels
+
+from nnunet_semiseg.data.components import keep_largest_components
+from nnunet_semiseg.losses.consistency import clamped_noise
+from nnunet_semiseg.losses.distance import cross_task_error, distance_error, mask_of_distance
+from nnunet_semiseg.losses.mixing import halves, random_cuboid
+from nnunet_semiseg.losses.prototypes import (
+    PrototypeMemory,
+    class_means,
+    gather_features,
+    prototype_contrast,
+    sample_voxels,
+)
+from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmentationLoss
+from nnunet_semiseg.losses.regions import RegionLoss
+from nnunet_semiseg.losses.uncertainty import above_percentile
+from nnunet_semiseg.networks.second import PLAIN, RESIDUAL, second_plans
+from nnunet_semiseg.trainers.base import Unlabeled
+
+BOTH_SHAPES = pytest.mark.parametrize("shape", SHAPES)
+CLASSES = pytest.mark.parametrize("classes", [2, 4])
+
+
+def softmax(values):
+    exponentials = [math.exp(v) for v in values]
+    return [e / sum(exponentials) for e in exponentials]
+
+
+def at(tensor, b, v):
+    """The channels of a (B, C, *) tensor in one voxel, as numbers."""
+    return [float(x) for x in tensor[(b, slice(None), *v)]]
+
+
+# ------------------------------------------------------------------------------------------- entropy and percentiles
+
+
+@BOTH_SHAPES
+@CLASSES
+def test_entropy_literally(shape, classes):
+    logits = 3 * torch.randn(2, classes, *shape)
+    labels, regions = adapter(classes), adapter(classes, regions=True)
+    for b in range(2):
+        for v in voxels(shape):
+            p = softmax(at(logits, b, v))
+            expected = -sum(x * math.log(x) for x in p)
+            assert float(labels.entropy(logits)[b, 0][v]) == pytest.approx(expected, abs=1e-5)
+            q = [1 / (1 + math.exp(-x)) for x in at(logits, b, v)]
+            expected = -sum(x * math.log(x) + (1 - x) * math.log(1 - x) for x in q)
+            assert float(regions.entropy(logits)[b, 0][v]) == pytest.approx(expected, abs=1e-5)
+    for kind in (labels, regions):
+        of_probabilities = kind.probability_entropy(kind.probabilities(logits))
+        torch.testing.assert_close(of_probabilities, kind.entropy(logits), atol=1e-5, rtol=1e-4)
+        assert float(kind.entropy(torch.zeros(1, classes, 1, 1))) == pytest.approx(kind.max_entropy)
+
+
+def test_entropy_of_very_sure_predictions_is_finite_with_a_finite_gradient():
+    for kind in (adapter(3), adapter(3, regions=True)):
+        logits = torch.tensor([200.0, -200.0, 0.0]).view(1, 3, 1, 1).requires_grad_()
+        entropy = kind.entropy(logits)
+        (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+        assert torch.isfinite(entropy).all() and torch.isfinite(gradient).all()
+        assert torch.isfinite(kind.probability_entropy(kind.probabilities(logits))).all()
+
+
+@pytest.mark.parametrize("percentile", [0.0, 20.0, 50.0, 95.0, 99.0, 100.0])
+def test_percentile_keeps_the_most_uncertain_voxels_of_each_sample(percentile):
+    uncertainty = torch.rand(3, 1, 7, 9)
+    uncertainty[1] *= 100
+    valid = torch.rand(3, 1, 7, 9) < 0.8
+    for mask in (None, valid):
+        found = above_percentile(uncertainty, percentile, mask)
+        for b in range(3):
+            chosen = sorted(float(uncertainty[b, 0][v]) for v in voxels((7, 9)) if mask is None or bool(mask[b, 0][v]))
+            expected = set(chosen[max(1, math.ceil(percentile / 100 * len(chosen))) :])
+            for v in voxels((7, 9)):
+                counts = mask is None or bool(mask[b, 0][v])
+                assert bool(found[b, 0][v]) == (counts and float(uncertainty[b, 0][v]) in expected)
+
+
+def test_percentile_of_ties_constants_and_nothing():
+    sure = torch.zeros(1, 1, 10, 10)
+    sure[0, 0, 0, :3] = torch.tensor([0.1, 0.2, 0.3])
+    assert int(above_percentile(sure, 50.0).sum()) == 3
+    assert int(above_percentile(sure, 98.0).sum()) == 2
+    assert not above_percentile(torch.full((2, 1, 5, 5), 0.7), 95.0).any()
+    assert not above_percentile(torch.rand(2, 1, 5, 5), 95.0, torch.zeros(2, 1, 5, 5, dtype=torch.bool)).any()
+
+
+# ------------------------------------------------------------------------------------------ weighted segmentation loss
+
+
+def nnunet_loss(labels, batch_dice, ignore):
+    dice = dict(batch_dice=batch_dice, smooth=1e-5, do_bg=labels.has_regions, ddp=False)
+    if labels.has_regions:
+        return DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss)
+    return DC_and_CE_loss(dice, {}, ignore_label=ignore, dice_class=MemoryEfficientSoftDiceLoss)
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("regions", [True, False])
+def test_equal_weights_are_nnunets_loss(batch_dice, regions):
+    labels = adapter(3, regions=regions, ignore=None if regions else 3)
+    logits = torch.randn(2, 3, 8, 8)
+    target = torch.rand(2, 3, 8, 8) < 0.4 if regions else torch.randint(0, 4, (2, 1, 8, 8))
+    hard, valid = labels.without_ignored(target)
+    expected = nnunet_loss(labels, batch_dice, 3)(logits, target)
+    loss = WeightedSegmentationLoss(labels, batch_dice)
+    torch.testing.assert_close(loss(logits, hard, valid), expected)
+    torch.testing.assert_close(loss(logits, hard, 0.3 * valid), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_deep_supervision_is_nnunets():
+    from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+
+    labels = adapter(3, ignore=3)
+    target = torch.randint(0, 4, (2, 1, 12, 16))
+    scales = [[1, 1], [0.5, 0.5], [0.25, 0.25]]
+    transform = DownsampleSegForDSTransform(scales)
+    targets = [torch.stack(t) for t in zip(*(transform(segmentation=s)["segmentation"] for s in target))]
+    outputs = [torch.randn(2, 3, *t.shape[2:]) for t in targets]
+    factors = (4 / 7, 3 / 7, 0.0)
+    expected = DeepSupervisionWrapper(nnunet_loss(labels, True, 3), factors)(outputs, targets)
+    ours = DeeplySupervised(WeightedSegmentationLoss(labels, True), factors)
+    torch.testing.assert_close(ours(outputs, *labels.without_ignored(target)), expected)
+
+
+# ------------------------------------------------------------------------------------------------- regions, paper 003
+
+
+def literal_ce(logits, hard, weight):
+    """Sum of weights times cross-entropy, and sum of weights."""
+    loss = total = 0.0
+    for b in range(len(logits)):
+        for v in voxels(logits.shape[2:]):
+            w = float(weight[b, 0][v])
+            loss -= w * math.log(softmax(at(logits, b, v))[int(hard[b, 0][v])])
+            total += w
+    return loss, total
+
+
+@BOTH_SHAPES
+@CLASSES
+@pytest.mark.parametrize("favored", ["url", "crl", "none"])
+def test_equations_7_and_8_with_voxel_weights_literally(shape, classes, favored):
+    logits = torch.randn(2, classes, *shape)
+    hard = torch.randint(0, classes, (2, 1, *shape))
+    uncertain, valid = (torch.rand(2, 1, *shape) < p for p in (0.3, 0.8))
+    alpha = 0.25
+    weight = torch.zeros(2, 1, *shape)
+    for b in range(2):
+        for v in voxels(shape):
+            m = bool(uncertain[b, 0][v])
+            w = {"url": 1 if m else alpha, "crl": alpha if m else 1, "none": 1}[favored]
+            weight[b, 0][v] = w * bool(valid[b, 0][v])
+    loss, total = literal_ce(logits, hard, weight)
+    labels = adapter(classes)
+    region_loss = RegionLoss(WeightedSegmentationLoss(labels, True, dice_weight=0), alpha, False)
+    assert float(region_loss(logits, hard, uncertain, favored, valid)) == pytest.approx(loss / total, rel=1e-4)
+
+    # Dice of the same weights.
+    dice = []
+    for k in range(1, classes):
+        overlap = sizes = 0.0
+        for b in range(2):
+            for v in voxels(shape):
+                p, y, w = softmax(at(logits, b, v))[k], int(hard[b, 0][v]) == k, float(weight[b, 0][v])
+                overlap, sizes = overlap + w * p * y, sizes + w * (p + y)
+        dice.append((2 * overlap + 1e-5) / (sizes + 1e-5))
+    region_loss = RegionLoss(WeightedSegmentationLoss(labels, True, ce_weight=0), alpha, False)
+    value = float(region_loss(logits, hard, uncertain, favored, valid))
+    assert value == pytest.approx(-sum(dice) / len(dice), rel=1e-4)
+
+
+@BOTH_SHAPES
+def test_equations_7_and_8_region_by_region_literally(shape):
+    logits, hard = torch.randn(2, 3, *shape), torch.randint(0, 3, (2, 1, *shape))
+    uncertain = torch.rand(2, 1, *shape) < 0.3
+    everywhere = torch.ones_like(uncertain)
+    parts = {}
+    for name, region in (("uncertain", uncertain), ("certain", ~uncertain)):
+        loss, total = literal_ce(logits, hard, region)
+        parts[name] = loss / total
+    loss = RegionLoss(WeightedSegmentationLoss(adapter(3), True, dice_weight=0), 0.5, True)
+    url, crl = (float(loss(logits, hard, uncertain, favored, everywhere)) for favored in ("url", "crl"))
+    assert url == pytest.approx(parts["uncertain"] + 0.5 * parts["certain"], rel=1e-5)
+    assert crl == pytest.approx(parts["certain"] + 0.5 * parts["uncertain"], rel=1e-5)
+
+
+def test_the_two_readings_weigh_an_uncertain_voxel_contrarily():
+    """CRL at the 99th percentile: half the weight of a certain voxel, or 49.5 times."""
+    uncertain = torch.zeros(1, 1, 10, 10, dtype=torch.bool)
+    uncertain[0, 0, 0, 0] = True
+    ratios = []
+    for normalized in (False, True):
+        logits = torch.zeros(1, 2, 10, 10, requires_grad=True)
+        loss = RegionLoss(WeightedSegmentationLoss(adapter(2), True, dice_weight=0), 0.5, normalized)
+        hard = torch.zeros(1, 1, 10, 10, dtype=torch.long)
+        loss(logits, hard, uncertain, "crl", torch.ones_like(uncertain)).backward()
+        ratios.append(float(logits.grad[0, 0, 0, 0] / logits.grad[0, 0, 5, 5]))
+    assert ratios == pytest.approx([0.5, 49.5])
+
+
+def test_alpha_zero_removes_the_region():
+    uncertain = torch.rand(1, 1, 6, 6) < 0.5
+    for normalized in (False, True):
+        logits = torch.randn(1, 2, 6, 6, requires_grad=True)
+        loss = RegionLoss(WeightedSegmentationLoss(adapter(2), True), 0.0, normalized)
+        loss(logits, torch.randint(0, 2, (1, 1, 6, 6)), uncertain, "crl", torch.ones_like(uncertain)).backward()
+        assert not logits.grad[uncertain.expand_as(logits)].any()
+        assert logits.grad[~uncertain.expand_as(logits)].any()
+
+
+def test_burl_takes_each_halfs_own_entropy(started, monkeypatch):
+    """URL's regions come from the student's prediction, CRL's from the teacher's."""
+    trainer = started(short("nnUNetTrainerMeanTeacherBURL"))
+    seen = []
+    monkeypatch.setattr(trainer, "region_loss", lambda *arguments: seen.append(arguments) or arguments[0][0].sum())
+    batch = next(trainer.dataloader_train)
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        trainer.supervised_loss(batch["data"], batch["target"])
+        student = trainer.labels.entropy(trainer.network(batch["data"])[0])
+        unlabeled = trainer.next_unlabeled()
+        trainer.options.__dict__["noise"] = 0.0
+        trainer.unsupervised_loss(unlabeled)
+        teacher = trainer.labels.entropy(trainer.teacher(unlabeled.weak)[0])
+    (_, hard, uncertain, favored, _), (_, pseudo, distrusted, other, _) = seen
+    assert (favored, other) == ("url", "crl")
+    assert torch.equal(uncertain, above_percentile(student, 95.0))
+    assert torch.equal(distrusted, above_percentile(teacher, 99.0))
+    assert torch.equal(hard, batch["target"][0].long())
+    with torch.no_grad():
+        assert torch.equal(pseudo, trainer.labels.hard(trainer.teacher(unlabeled.weak)[0]))
+
+
+# ------------------------------------------------------------------------------------------------------------- UA-MT
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+@pytest.mark.parametrize("option", ["", "_percentile=60", "_uncertainty=false"])
+def test_uamt_loss_literally(started, monkeypatch, kind, option):
+    trainer = started(f"nnUNetTrainerUAMT_warm_up=0_passes=3{option}{SHORT}", kind)
+    trainer.global_step = 2
+    channels, shape = trainer.labels.num_outputs, (5, 4)
+    passes = [4 * torch.randn(2, channels, *shape) for _ in range(3)]
+    student = torch.randn(2, channels, *shape)
+    answers = iter(passes)
+    monkeypatch.setattr(trainer, "teacher_network", lambda x: next(answers))
+    monkeypatch.setattr(trainer, "logits", lambda network, x: student)
+
+    def probabilities(logits):
+        return [1 / (1 + math.exp(-x)) for x in logits] if kind == "regions" else softmax(logits)
+
+    def entropy(p):
+        if kind == "regions":
+            return -sum(x * math.log(x) + (1 - x) * math.log(1 - x) for x in p)
+        return -sum(x * math.log(x) for x in p)
+
+    progress = 2 / 6
+    u_max = channels * math.log(2) if kind == "regions" else math.log(channels)
+    threshold = (0.75 + 0.25 * math.exp(-5 * (1 - progress) ** 2)) * u_max
+    total = count = 0.0
+    for b in range(2):
+        means = {}
+        for v in voxels(shape):
+            several = [probabilities(at(p, b, v)) for p in (passes if "false" not in option else passes[:1])]
+            means[v] = [sum(values) / len(values) for values in zip(*several)]
+        entropies = {v: entropy(mean) for v, mean in means.items()}
+        if "percentile" in option:
+            certain = sorted(entropies, key=entropies.get)[: math.ceil(0.6 * len(entropies))]
+        else:
+            certain = [v for v, u in entropies.items() if u < threshold or "false" in option]
+        for v in certain:
+            p = probabilities(at(student, b, v))
+            total += sum((x - y) ** 2 for x, y in zip(p, means[v])) / channels
+            count += 1
+    x = torch.randn(2, 1, *shape)
+    term = trainer.unsupervised_loss(Unlabeled(x, x))["consistency"]
+    assert float(term.value) == pytest.approx(total / count, rel=1e-4)
+    assert term.weight == pytest.approx(math.exp(-5 * (1 - progress) ** 2))
+
+
+def test_noise_is_drawn_for_every_pass_and_clamped(started, monkeypatch):
+    trainer = started(f"nnUNetTrainerUAMT_warm_up=0_passes=3_noise=0.2{SHORT}")
+    inputs = []
+    original = trainer.teacher_network
+    monkeypatch.setattr(trainer, "teacher_network", lambda x: inputs.append(x) or original(x))
+    x = torch.zeros(2, 1, *trainer.configuration_manager.patch_size)
+    trainer.teacher_mean(x)
+    assert len(inputs) == 3 and not torch.equal(inputs[0], inputs[1])
+    assert max(float(i.abs().max()) for i in inputs) == pytest.approx(0.4)
+    assert float(clamped_noise(torch.zeros(100000), 1.0).std()) == pytest.approx(0.96, abs=0.01)
+
+
+def test_uamt_dropout_makes_the_passes_differ(started):
+    trainer = started(f"nnUNetTrainerUAMT_warm_up=0_passes=2_noise=0_dropout=0.5{SHORT}")
+    x = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
+    assert not torch.equal(trainer.teacher_mean(x), trainer.teacher_mean(x))
+
+
+# --------------------------------------------------------------------------------------- copy-paste and its components
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (6, 9, 12), (2, 30, 30), (1, 4, 4)])
+def test_cuboid_has_two_thirds_of_every_side(shape):
+    for _ in range(20):
+        mask = random_cuboid(shape, 2 / 3)
+        assert mask.shape == (1, 1, *shape) and mask.dtype == torch.bool
+        expected = np.prod([max(1, int(2 / 3 * side)) for side in shape])
+        assert int(mask.sum()) == expected
+        inside = mask[0, 0].nonzero()
+        extent = inside.max(0).values - inside.min(0).values + 1
+        assert int(extent.prod()) == expected
+
+
+def test_cuboids_reach_every_corner():
+    masks = torch.cat([random_cuboid((9, 9), 2 / 3) for _ in range(200)])
+    assert masks.any(0).all()
+
+
+def test_halves_of_batches():
+    for size, expected in [(1, ([0], [0])), (2, ([0], [1])), (3, ([0, 1], [1, 2])), (4, ([0, 1], [2, 3]))]:
+        samples = list(range(size))
+        assert tuple(samples[half] for half in halves(size)) == expected
+
+
+@pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
+def test_copy_paste_literally(started, monkeypatch, kind):
+    """Every voxel of the mixed images, labels and regions, from where it should come."""
+    trainer = started(short("nnUNetTrainerBCP"), kind)
+    batch = next(trainer.dataloader_train)
+    data, target = batch["data"], batch["target"][0]
+    n = len(data)
+    trainer.before_step()
+    unlabeled = trainer.next_unlabeled()
+    monkeypatch.setattr(trainer, "next_unlabeled", lambda: unlabeled)
+    pseudo, _ = trainer.pseudo_labels(unlabeled.weak)
+    inside = trainer.cuboid(data)
+    monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
+    seen = {}
+    original = trainer.network.forward
+    monkeypatch.setattr(trainer.network, "forward", lambda x: seen.setdefault("image", x) is None or original(x))
+    monkeypatch.setattr(trainer, "labeled_loss", lambda o, h, v: seen.update(hard=h, labeled=v) or o[0].sum())
+    monkeypatch.setattr(trainer, "pseudo_loss", lambda o, h, v, e: seen.update(pseudo=v) or o[0].sum())
+    (terms,) = trainer.losses(data, batch["target"])
+    assert set(terms) == {"supervised", "pseudo"}
+    assert len(seen["image"]) == n
+    half = n // 2
+    for i in range(n):
+        # First half: labeled outside, unlabeled inside of the cuboid; second half the other way round.
+        for v in list(voxels(data.shape[2:]))[::7]:
+            in_box = bool(inside[0, 0][v])
+            is_labeled = in_box if i >= half else not in_box
+            source = data if is_labeled else unlabeled.strong
+            assert at(seen["image"], i, v) == at(source, i, v)
+            ignored = False
+            if is_labeled:
+                label = at(target, i, v)
+                ignored = label[-1] == 1 if kind == "regions_ignore" else label == [3.0]
+                label = label[:2] if kind == "regions_ignore" else label
+            else:
+                label = at(pseudo, i, v)
+            if not ignored:
+                assert at(seen["hard"], i, v) == label
+            assert bool(seen["labeled"][i, 0][v]) == (is_labeled and not ignored)
+            assert bool(seen["pseudo"][i, 0][v]) == (not is_labeled)
+
+
+def test_pretraining_mixes_labeled_patches(started, monkeypatch):
+    trainer = started(f"nnUNetTrainerBCP_pretraining=1{SHORT}")
+    batch = next(trainer.dataloader_train)
+    inside = trainer.cuboid(batch["data"])
+    monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
+    seen = {}
+    original = trainer.labeled_loss
+    monkeypatch.setattr(trainer, "labeled_loss", lambda o, h, v: seen.update(hard=h) or original(o, h, v))
+    (terms,) = trainer.losses(batch["data"], batch["target"])
+    assert set(terms) == {"supervised"}
+    target, n = batch["target"][0].long(), len(batch["data"])
+    for i in range(n):
+        partner = target[(i + n // 2) % n]
+        assert torch.equal(seen["hard"][i], torch.where(inside[0], partner, target[i]))
+
+
+@pytest.mark.parametrize("regions", [True, False])
+@BOTH_SHAPES
+def test_largest_component_of_each_class(regions, shape):
+    random = np.random.RandomState(0)
+    shape = tuple(4 * side for side in shape)
+    for _ in range(5):
+        labels = adapter(3, regions=regions)
+        if regions:
+            hard = torch.from_numpy(random.rand(2, 3, *shape) < 0.2)
+        else:
+            hard = torch.from_numpy(random.choice(3, (2, 1, *shape), p=(0.7, 0.2, 0.1)))
+        kept = keep_largest_components(hard, labels)
+        assert kept.dtype == hard.dtype and kept.shape == hard.shape
+        for b in range(2):
+            for k in range(labels.num_foreground):
+                before, after = (labels.is_class(x, k)[b].numpy() for x in (hard, kept))
+                components, count = ndimage.label(before, np.ones((3,) * len(shape)))
+                sizes = np.bincount(components.ravel())[1:]
+                assert after.sum() == sizes.max()
+                one = np.unique(components[after])
+                assert len(one) == 1 and one[0] > 0
+
+
+def test_largest_component_of_nothing_is_nothing():
+    for regions in (True, False):
+        hard = torch.zeros(2, 3 if regions else 1, 6, 6, dtype=torch.bool if regions else torch.long)
+        assert not keep_largest_components(hard, adapter(3, regions=regions)).any()
+
+
+# ---------------------------------------------------------------------------------------------------------- distances
+
+
+@BOTH_SHAPES
+@pytest.mark.parametrize("foreground", [1, 3])
+def test_distance_losses_literally(shape, foreground):
+    z, sdf, p = (torch.rand(2, foreground, *shape) * 2 - 1 for _ in range(3))
+    z, p = z * 0.01, p.abs()
+    valid = torch.rand(2, 1, *shape) < 0.8
+    errors = consistency = count = 0.0
+    for b in range(2):
+        for v in voxels(shape):
+            if not valid[b, 0][v]:
+                continue
+            for zv, sv, pv in zip(at(z, b, v), at(sdf, b, v), at(p, b, v)):
+                errors += (zv - sv) ** 2
+                consistency += (pv - 1 / (1 + math.exp(1500 * zv))) ** 2
+                count += 1
+    assert float(distance_error(z, sdf, valid)) == pytest.approx(errors / count, rel=1e-4)
+    masks = mask_of_distance(z, 1500)
+    assert float(cross_task_error(masks, p, valid)) == pytest.approx(consistency / count, rel=1e-4)
+
+
+def test_dtml_consistency_weights_are_equations_5_and_6(started):
+    """Half of lambda for the mean over labeled, half for that over unlabeled patches: lambda for the mean over all."""
+    trainer = started(f"nnUNetTrainerDTML_warm_up=0_ramp_up=0_consistency_weight=0.8{SHORT}")
+    batch = next(trainer.dataloader_train)
+    trainer._unlabeled_keys = []
+    terms = {}
+    for group in trainer.losses(batch["data"], batch["target"]):
+        terms |= group
+    assert terms["consistency_labeled"].weight == terms["consistency"].weight == pytest.approx(0.4)
+    trainer = started(f"nnUNetTrainerDTML_setting=labeled_warm_up=0_ramp_up=0_consistency_weight=0.8{SHORT}")
+    (group,) = trainer.losses(batch["data"], batch["target"])
+    assert group["consistency_labeled"].weight == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_the_distance_networks_prediction_is_the_mask_of_negative_distances(started, kind):
+    trainer = started(f"nnUNetTrainerDTML_warm_up=0_supervision=both{SHORT}", kind)
+    train_steps(trainer, 3)
+    x = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
+    with torch.no_grad():
+        outputs = trainer.companions["second"](x)
+    z = trainer.distances(outputs)
+    hard = trainer.labels.hard(outputs[0])
+    if kind == "labels":
+        assert not outputs[0][:, 0].any()
+        assert torch.equal(hard[:, 0] > 0, (z < 0).any(1))
+    else:
+        assert torch.equal(hard, z < 0)
+    assert 0.2 < float((z < 0).float().mean()) < 0.8
+
+
+@pytest.mark.parametrize(
+    "name, transforms",
+    [("DTML", 0), ("DTML_supervision=distance", 1), ("DTC", 1), ("DTC_distance_weight=0", 0), ("MeanTeacher", 0)],
+)
+def test_distances_are_computed_only_where_a_loss_needs_them(started, name, transforms):
+    from nnunet_semiseg.data.signed_distance import SignedDistanceTransform
+
+    trainer = started(f"nnUNetTrainer{name}{SHORT}")
+    found = trainer.dataloader_train.data_loader.transforms.transforms
+    assert sum(isinstance(t, SignedDistanceTransform) for t in found) == transforms
+    view = trainer.dataloader_unlabeled.data_loader.transforms
+    kinds = [type(getattr(t, "transform", t)) for part in view.transforms for t in part.transforms]
+    assert SignedDistanceTransform not in kinds
+
+
+def test_without_deep_supervision_the_distance_is_split_off_too(started):
+    trainer = started(f"nnUNetTrainerDTC_warm_up=0_enable_deep_supervision=false{SHORT}")
+    target, distance = trainer.split_distance(next(trainer.dataloader_train)["target"])
+    assert torch.is_tensor(target) and distance.shape == (len(target), 2, *target.shape[2:])
+    train_steps(trainer, 2)
+    assert trainer._non_finite_total == 0
+
+
+# -------------------------------------------------------------------------------------------------- two networks, CPS
+
+
+@pytest.mark.parametrize("view", ["weak", "strong"])
+def test_cps_learns_the_other_networks_argmax(started, monkeypatch, view):
+    trainer = started(f"nnUNetTrainerCPS_warm_up=0_pseudo_loss=ce_student_view={view}{SHORT}")
+    x = trainer.next_unlabeled()
+    with torch.no_grad():
+        learned = {n: net(getattr(x, view))[0] for n, net in (("first", trainer.network), ("second", trainer.second))}
+        labels = {n: net(x.weak)[0].argmax(1) for n, net in (("first", trainer.network), ("second", trainer.second))}
+    terms = {}
+    for group in trainer.cross_losses(x):
+        terms |= group
+    for name, other in (("first", "second"), ("second", "first")):
+        expected = torch.nn.functional.cross_entropy(learned[name], labels[other])
+        torch.testing.assert_close(terms[f"cross_{name}"].value, expected)
+
+
+@pytest.mark.parametrize("option", ["", "_second_network=resenc"])
+def test_the_networks_start_apart(started, option):
+    trainer = started(f"nnUNetTrainerCPS{option}{SHORT}")
+    kinds = [type(n).__name__ for n in (trainer.network, trainer.companions["second"])]
+    assert kinds == ["PlainConvUNet", "ResidualEncoderUNet" if option else "PlainConvUNet"]
+    first, second = (n.decoder.seg_layers[-1].weight for n in (trainer.network, trainer.companions["second"]))
+    assert not torch.equal(first, second)
+
+
+def test_second_plans_go_there_and_back():
+    arguments = dict(n_stages=3, features_per_stage=[8, 16, 32], n_conv_per_stage=[2] * 3)
+    arguments["n_conv_per_stage_decoder"] = [2, 2]
+    description = {"network_class_name": PLAIN, "arch_kwargs": arguments}
+    plans = {"configurations": {"2d": {"architecture": description}, "2d_big": {"inherits_from": "2d"}}}
+    residual = second_plans(plans, "2d_big", "resenc")
+    changed = residual["configurations"]["2d_big"]["architecture"]
+    assert changed["network_class_name"] == RESIDUAL
+    assert changed["arch_kwargs"]["n_blocks_per_stage"] == [1, 3, 4]
+    assert "n_conv_per_stage" not in changed["arch_kwargs"]
+    # The parent and the original are untouched.
+    assert residual["configurations"]["2d"] == plans["configurations"]["2d"]
+    back = second_plans(residual, "2d_big", "plain")["configurations"]["2d_big"]["architecture"]
+    assert back == description
+    assert second_plans(plans, "2d", "same") == plans
+    description["network_class_name"] = "other.Net"
+    with pytest.raises(NotImplementedError, match="other.Net.*second_network=same"):
+        second_plans(plans, "2d", "resenc")
+
+
+# --------------------------------------------------------------------------------------------- prototypes, paper 004
+
+
+@BOTH_SHAPES
+def test_prototypes_literally(shape):
+    features = torch.randn(2, 5, *shape)
+    labels = torch.randint(0, 3, (2, *shape))
+    reliable = torch.rand(2, *shape) < 0.6
+    chosen = sample_voxels(labels, reliable, 4, 10**6)
+    assert sorted(chosen.tolist()) == reliable.flatten().nonzero()[:, 0].tolist()
+    means, present = class_means(gather_features(features, chosen), labels.flatten()[chosen], 4)
+    unit = {}
+    for b in range(2):
+        for v in voxels(shape):
+            vector = at(features, b, v)
+            length = math.sqrt(sum(x * x for x in vector))
+            unit[b, v] = [x / length for x in vector]
+    prototypes = {}
+    for k in range(3):
+        members = [unit[b, v] for b, v in unit if bool(reliable[b][v]) and int(labels[b][v]) == k]
+        prototypes[k] = [sum(values) / len(members) for values in zip(*members)]
+        torch.testing.assert_close(means[k], torch.tensor(prototypes[k]))
+    assert present.tolist() == [True, True, True, False]
+
+    uncertain = sample_voxels(labels, ~reliable, 4, 10**6)
+    value = prototype_contrast(gather_features(features, uncertain), labels.flatten()[uncertain], means, present)
+    losses = []
+    for b, v in unit:
+        if not reliable[b][v]:
+            distances = {k: math.dist(unit[b, v], prototypes[k]) for k in prototypes}
+            p = softmax([-d for d in distances.values()])
+            losses.append(-math.log(p[int(labels[b][v])]))
+    assert float(value) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_samples_are_limited_per_class():
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 20)[None]
+    chosen = sample_voxels(labels, torch.ones_like(labels, dtype=torch.bool), 3, 10)
+    assert torch.bincount(labels.flatten()[chosen]).tolist() == [10, 3, 10]
+    assert len(set(chosen.tolist())) == 23
+
+
+def test_prototype_gradients_are_live_on_both_sides_and_finite_at_distance_zero():
+    vectors = torch.nn.functional.normalize(torch.randn(6, 4), dim=1).requires_grad_()
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    means, present = class_means(vectors[::2], labels[::2], 3)
+    # Each prototype is one of the vectors.
+    value = prototype_contrast(vectors, labels, means, present)
+    (gradient,) = torch.autograd.grad(value, vectors)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum(1).min() > 0
+    means = means.detach().requires_grad_()
+    assert torch.autograd.grad(prototype_contrast(vectors, labels, means, present), means)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("present", [[False] * 3, [True, False, False], [False, True, False]])
+def test_contrast_without_two_prototypes_is_zero_with_a_graph(present):
+    vectors, means = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    value = prototype_contrast(vectors, torch.zeros(4, dtype=torch.long), means, torch.tensor(present))
+    assert value.item() == 0 and value.requires_grad
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert float(prototype_contrast(vectors[:0], nothing, means, torch.ones(3, dtype=torch.bool))) == 0
+
+
+def test_vectors_of_an_absent_class_do_not_count():
+    vectors, means = torch.randn(4, 5), torch.randn(3, 5)
+    present = torch.tensor([True, True, False])
+    whole = prototype_contrast(vectors, torch.tensor([0, 1, 2, 2]), means, present)
+    torch.testing.assert_close(whole, prototype_contrast(vectors[:2], torch.tensor([0, 1]), means, present))
+
+
+def test_prototype_memory_is_a_moving_average_that_knows_absent_classes():
+    memory = PrototypeMemory(1, 3, 2, momentum=0.9)
+    first = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    prototypes, known = memory(0, first, torch.tensor([True, True, False]))
+    assert torch.equal(prototypes[:2], first[:2]) and known.tolist() == [True, True, False]
+    second = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.5]], requires_grad=True)
+    prototypes, known = memory(0, second, torch.tensor([False, True, True]))
+    torch.testing.assert_close(prototypes, torch.tensor([[1.0, 0.0], [0.1, 0.9], [0.5, 0.5]]))
+    assert known.all()
+    (gradient,) = torch.autograd.grad(prototypes.sum(), second)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0], [0.1, 0.1], [1.0, 1.0]]))
+    assert not memory.means.requires_grad
+    plain, known = PrototypeMemory(1, 3, 2, momentum=0.0)(0, first, torch.tensor([True, True, False]))
+    assert plain is first and known.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_equations_4_and_5_literally(started, kind):
+    trainer = started(f"nnUNetTrainerDualStream_confidence=0.6{SHORT}", kind)
+    channels, shape = trainer.labels.num_outputs, (6, 5)
+    logits = [2 * torch.randn(2, channels, *shape) for _ in range(2)]
+    total = count = 0.0
+    for b in range(2):
+        for v in voxels(shape):
+            if kind == "labels":
+                p = [softmax(at(x, b, v)) for x in logits]
+                differ = p[0].index(max(p[0])) != p[1].index(max(p[1]))
+                sure = all(max(x) > 0.6 for x in p)
+            else:
+                p = [[1 / (1 + math.exp(-x)) for x in at(x, b, v)] for x in logits]
+                differ = any((x > 0.5) != (y > 0.5) for x, y in zip(*p))
+                sure = all(max(x, 1 - x) > 0.6 for q in p for x in q)
+            if differ and sure:
+                total += sum(abs(x - y) for x, y in zip(*p)) / channels
+                count += 1
+    assert count > 0
+    value = trainer.disagreement(logits, [trainer.labels.hard(x) for x in logits])
+    assert float(value) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_winner_labels_both_networks_in_its_reliable_region(started, monkeypatch):
+    trainer = started(f"nnUNetTrainerDualStream_warm_up=0_unreliable=30{SHORT}")
+    assert trainer.winner([torch.tensor(0.2), torch.tensor(0.1)]) == 1
+    assert trainer.winner([torch.tensor(-0.2), torch.tensor(0.1)]) == 0
+    unlabeled = trainer.next_unlabeled()
+    seen = []
+    original = trainer.pseudo_loss
+    monkeypatch.setattr(trainer, "pseudo_loss", lambda *arguments: seen.append(arguments) or original(*arguments))
+    for winner, network in enumerate((trainer.network, trainer.second)):
+        seen.clear()
+        trainer.unlabeled_terms(unlabeled, winner)
+        with torch.no_grad():
+            labeling = network(unlabeled.weak)[0]
+        for _, pseudo, reliable in seen:
+            assert torch.equal(pseudo, labeling.argmax(1, keepdim=True))
+            assert float(reliable.float().mean()) == pytest.approx(0.7, abs=0.01)
+        assert len(seen) == 2
+
+
+# -------------------------------------------------------------------------------------------------- degenerate batches
+
+
+@pytest.mark.parametrize("image", ["constant", "noise"])
+@pytest.mark.parametrize("kind", ["labels", "regions_ignore"])
+@pytest.mark.parametrize(
+    "method",
+    ["UAMT", "EntropyMinimization", "PiModel", "MeanTeacherBURL", "BCP", "BCPBURL", "CPS", "DTML", "DTC", "DualStream"],
+)
+def test_degenerate_batches_stay_finite(started, monkeypatch, method, kind, image):
+    """No foreground in labels, all ignored, constant images, a single labeled sample."""
+    trainer = started(short(f"nnUNetTrainer{method}"), kind)
+    batch = next(trainer.dataloader_train)
+    original = trainer.next_unlabeled
+
+    def next_unlabeled():
+        weak, strong = original()
+        if image == "constant":
+            weak, strong = torch.zeros_like(weak), torch.zeros_like(strong)
+        return Unlabeled(weak, strong)
+
+    monkeypatch.setattr(trainer, "next_unlabeled", next_unlabeled)
+    for fill in ("background", "ignored"):
+        targets = [torch.zeros_like(t) for t in batch["target"]]
+        if fill == "ignored" and kind == "regions_ignore":
+            for t in targets[: -1 if method == "DTC" else None]:
+                if not t.is_floating_point():
+                    t[:, -1] = True
+        trainer.train_step({**batch, "data": torch.zeros_like(batch["data"]), "target": targets})
+    assert trainer._non_finite_total == 0
+
+
+@pytest.mark.parametrize("method", ["BCP", "BCPBURL"])
+def test_copy_paste_of_a_single_sample(started, monkeypatch, method):
+    trainer = started(short(f"nnUNetTrainer{method}"))
+    batch = next(trainer.dataloader_train)
+    original = trainer.next_unlabeled
+    monkeypatch.setattr(trainer, "next_unlabeled", lambda: Unlabeled(*(x[:1] for x in original())))
+    one = {"data": batch["data"][:1], "target": [t[:1] for t in batch["target"]], "keys": batch["keys"][:1]}
+    trainer.train_step(one)
+    assert trainer._non_finite_total == 0 and "pseudo" in trainer._epoch_sums

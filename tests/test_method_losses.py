@@ -136,7 +136,7 @@ def test_deep_supervision_is_nnunets():
     torch.testing.assert_close(ours(outputs, *labels.without_ignored(target)), expected)
 
 
-# ------------------------------------------------------------------------------------------------- regions, paper 003
+# ------------------------------------------------------------------------------------------------- regions
 
 
 def literal_ce(logits, hard, weight):
@@ -548,7 +548,7 @@ def test_second_plans_go_there_and_back():
         second_plans(plans, "2d", "resenc")
 
 
-# --------------------------------------------------------------------------------------------- prototypes, paper 004
+# --------------------------------------------------------------------------------------------- prototypes
 
 
 @BOTH_SHAPES

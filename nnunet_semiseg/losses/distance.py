@@ -1,4 +1,4 @@
-"""From signed distances to masks (DTC, Luo et al. 2021; DTML, paper 001)."""
+"""From signed distances to masks (DTC, Luo et al. 2021; DTML, Zhang and Zhang 2021)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nnunet_semiseg.losses.consistency import masked_mean
 
 
 def mask_of_distance(distance: torch.Tensor, steepness: float) -> torch.Tensor:
-    """sigmoid(-k z), a smooth mask of a signed distance, negative inside (paper 001, Eq. 2 with its sign mended).
+    """sigmoid(-k z), a smooth mask of a signed distance, negative inside (DTML, Eq. 2 with its sign mended).
 
     Args:
         distance: z in [-1, 1], any shape; computed in float32, where k = 1500 does not overflow.
@@ -18,7 +18,7 @@ def mask_of_distance(distance: torch.Tensor, steepness: float) -> torch.Tensor:
 
 
 def distance_error(distance: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of predicted distances over voxels and classes (L_dis of paper 001, Table 1).
+    """Mean squared error of predicted distances over voxels and classes (L_dis of DTML, Table 1).
 
     Args:
         distance, target: (B, K, *).
@@ -28,7 +28,7 @@ def distance_error(distance: torch.Tensor, target: torch.Tensor, valid: torch.Te
 
 
 def cross_task_error(masks: torch.Tensor, probabilities: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the two tasks' foreground (paper 001, Eq. 4); no side is detached.
+    """Mean squared difference of the two tasks' foreground (DTML, Eq. 4); no side is detached.
 
     Args:
         masks: (B, K, *) from ``mask_of_distance``.

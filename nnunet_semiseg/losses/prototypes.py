@@ -1,4 +1,4 @@
-"""Class prototypes in feature space and the contrast of uncertain voxels against them (paper 004, Eq. 7)."""
+"""Class prototypes in feature space, and uncertain voxels against them (Karimijafarbigloo et al. 2024, Eq. 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certain and uncertain regions with unequal weights (paper 003, Zhou et al. 2025)."""
+"""Certain and uncertain regions with unequal weights (Zhou et al. 2025)."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def heteroscedastic_bce(
 
 
 def above_percentile(uncertainty: torch.Tensor, percentile: float, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """The uncertain region: voxels whose uncertainty lies above a percentile of their own sample (paper 003, Eq. 4).
+    """The uncertain region: voxels above a percentile of their own sample (Zhou et al. 2025, Eq. 4).
 
     With n voxels and no ties these are the n - ceil(percentile / 100 n) most uncertain ones; voxels that tie with the
     percentile are not among them, so a constant map has no uncertain region.

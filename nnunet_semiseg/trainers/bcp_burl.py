@@ -1,4 +1,4 @@
-"""Region learning on bidirectional copy-paste (paper 003, Zhou et al. 2025: "BCP + ours")."""
+"""Region learning on bidirectional copy-paste (Zhou et al. 2025: "BCP + ours")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross pseudo supervision, CPS (Chen et al. 2021; the first stage of paper 002, FLARE22)."""
+"""Cross pseudo supervision, CPS (Chen et al. 2021; the first stage of Pham et al. 2022, FLARE22)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class nnUNetTrainerCPS(TwoNetworkTrainer):
 
     * The networks are of the same plans with different initialization, or of two architectures (``second_network``).
     * l: nnU-Net's cross-entropy, Dice, or both, at full resolution; no gradient reaches the network that labels.
-    * w(t): Gaussian ramp-up to ``pseudo_weight``. Paper 002 states no weight; its code ramps to 0.1 over 200 epochs of
-      thousands of steps, and so hardly leaves zero. Here the ramp is over the run.
+    * w(t): Gaussian ramp-up to ``pseudo_weight``. Pham et al. state no weight; their code ramps to 0.1 over 200
+      epochs of thousands of steps, and so hardly leaves zero. Here the ramp is over the run.
 
     Decided:
 

@@ -1,4 +1,4 @@
-"""Dual-task mutual learning, DTML (Zhang and Zhang 2021; paper 001)."""
+"""Dual-task mutual learning, DTML (Zhang and Zhang 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dual-stream learning with contrastive prototypes (paper 004)."""
+"""Dual-stream learning with contrastive prototypes (Karimijafarbigloo et al. 2024)."""
 
 from __future__ import annotations
 

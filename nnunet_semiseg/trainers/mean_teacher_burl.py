@@ -1,4 +1,4 @@
-"""Region learning on Mean Teacher (paper 003, Zhou et al. 2025: "MT + ours")."""
+"""Region learning on Mean Teacher (Zhou et al. 2025: "MT + ours")."""
 
 from __future__ import annotations
 

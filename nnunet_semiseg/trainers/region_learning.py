@@ -1,4 +1,4 @@
-"""Bidirectional uncertainty-aware region learning (paper 003, Zhou et al. 2025), to be put onto a host method."""
+"""Bidirectional uncertainty-aware region learning (Zhou et al. 2025), to be put onto a host method."""
 
 from __future__ import annotations
 

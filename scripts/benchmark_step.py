@@ -6,6 +6,9 @@ The dataset has to be preprocessed, unlabeled cases included. Batches are taken 
 so that the figures are of the step itself. Steps of the trainers take turns, and medians are compared, so that a change
 in the machine's load falls on all of them.
 
+* Every trainer's step against the stock step, and against what its passes through networks cost: so many forward and
+  backward passes (a stock step each), and so many forward passes without a gradient. A second network counts with its
+  own times.
 * Mean Teacher's step against the sum of its parts: stock step on the labeled patches + stock step on unlabeled patches
   + one teacher forward pass.
 * CoraNet's step against Mean Teacher's, relabeling apart; and with its share of a relabeling.
@@ -34,16 +37,31 @@ from nnunetv2.run.run_training import get_trainer_from_args  # noqa: E402
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa: E402
 
 SETTINGS = "_num_iterations_per_epoch=100000_1epochs_seed=1"
-NAMES = {
-    "stock": f"nnUNetTrainerMeanTeacher{SETTINGS}_consistency_weight=0",
-    "MeanTeacher": f"nnUNetTrainerMeanTeacher{SETTINGS}_warm_up=0",
-    "CoraNet": f"nnUNetTrainerCoraNet{SETTINGS}_pretraining=0_min_recall=0_relabel_every=100000_label_reuse=50000",
+TWO_PHASES = "_pretraining=0_min_recall=0"
+# Trainer -> options with which it uses unlabeled data at once; passes of a step through the student: forward and
+# backward, forward only; the same through the second network.
+TRAINERS = {
+    "MeanTeacher": ("_warm_up=0", 2, 1, 0, 0),
+    "UAMT": ("_warm_up=0", 2, 8, 0, 0),
+    "EntropyMinimization": ("_warm_up=0", 2, 0, 0, 0),
+    "PiModel": ("_warm_up=0", 3, 0, 0, 0),
+    "CoraNet": (f"{TWO_PHASES}_relabel_every=100000_label_reuse=50000", 2, 1, 0, 0),
+    "MeanTeacherBURL": ("_warm_up=0", 2, 1, 0, 0),
+    "BCP": (TWO_PHASES, 1, 1, 0, 0),
+    "BCPBURL": (TWO_PHASES, 1, 1, 0, 0),
+    "CPS": ("_warm_up=0", 2, 1, 2, 1),
+    "DTML": ("_warm_up=0", 2, 0, 2, 0),
+    "DTC": ("_warm_up=0", 2, 0, 0, 0),
+    # The winner labels, be it the one or the other.
+    "DualStream": ("_warm_up=0", 2, 0.5, 2, 0.5),
 }
+STOCK = f"nnUNetTrainerMeanTeacher{SETTINGS}_consistency_weight=0"
 
 
 def start(args, name):
+    full_name = STOCK if name == "stock" else f"nnUNetTrainer{name}{SETTINGS}{TRAINERS[name][0]}"
     trainer = get_trainer_from_args(
-        args.dataset, args.configuration, 0, NAMES[name], args.plans, False, torch.device(args.device)
+        args.dataset, args.configuration, 0, full_name, args.plans, False, torch.device(args.device)
     )
     trainer.print_to_log_file = lambda *a, **k: None
     trainer.on_train_start()
@@ -84,19 +102,21 @@ def main():
     parser.add_argument("plans")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.trainers = list(dict.fromkeys(["MeanTeacher", "CoraNet", *args.trainers]))
     if args.peak_of:
         peak_of(args, args.peak_of)
         return
 
     os.environ["nnUNet_results"] = tempfile.mkdtemp()
-    trainers = {name: start(args, name) for name in NAMES}
-    stock, mean_teacher, coranet = trainers.values()
-    labeled = next(stock.dataloader_train)
+    trainers = {name: start(args, name) for name in ("stock", *args.trainers)}
+    stock, mean_teacher, coranet = (trainers[name] for name in ("stock", "MeanTeacher", "CoraNet"))
+    labeled = {name: next(trainer.dataloader_train) for name, trainer in trainers.items()}
     drawn = mean_teacher.draw_unlabeled()
     # A stock step on unlabeled patches: the same work as on labeled ones, whatever the target.
-    as_labeled = {**labeled, "data": drawn["strong"]}
+    as_labeled = {**labeled["stock"], "data": drawn["strong"]}
     for trainer in trainers.values():
         trainer.draw_unlabeled = lambda: drawn
     weak = drawn["weak"].to(args.device)
@@ -106,14 +126,17 @@ def main():
             mean_teacher.teacher_network(weak)
 
     pieces = {
-        "stock step, labeled": lambda: nnUNetTrainer.train_step(stock, labeled),
+        "stock step, labeled": lambda: nnUNetTrainer.train_step(stock, labeled["stock"]),
         "stock step, unlabeled": lambda: nnUNetTrainer.train_step(stock, as_labeled),
         "teacher forward": teacher_forward,
-        "Mean Teacher step": lambda: mean_teacher.train_step(labeled),
-        "CoraNet step": lambda: coranet.train_step(labeled),
         "EMA update": lambda: mean_teacher.teacher.update(mean_teacher.student),
         "CoraNet labels a batch": coranet._labeled_batch,
     }
+    for name in args.trainers:
+        trainer = trainers[name]
+        pieces[f"{name} step"] = lambda trainer=trainer, batch=labeled[name]: trainer.train_step(batch)
+        if "second" in trainer.networks:
+            pieces |= second_passes(name, trainer, labeled["stock"], weak)
     times = {name: [] for name in pieces}
     for i in range(args.steps + 2):
         for name, function in pieces.items():
@@ -126,24 +149,54 @@ def main():
         print(f"| {name} | {1000 * value:.1f} |")
     parts = sum(median[name] for name in list(pieces)[:3])
     reuse = coranet.Options().label_reuse
+    print("\n| trainer | passes: with gradient + without | step / stock | the passes' share | step / passes |")
+    print("|---|---|---|---|---|")
+    for name in args.trainers:
+        _, gradient, forward, second_gradient, second_forward = TRAINERS[name]
+        expected = gradient * median["stock step, labeled"] + forward * median["teacher forward"]
+        passes = f"{gradient} + {forward}"
+        if second_gradient:
+            expected += second_gradient * median[f"{name}, second network: gradient"]
+            expected += second_forward * median[f"{name}, second network: forward"]
+            passes += f"; second {second_gradient} + {second_forward}"
+        step, base = median[f"{name} step"], median["stock step, labeled"]
+        print(f"| {name} | {passes} | {step / base:.2f} | {expected / base:.2f} | {step / expected:.3f} |")
     rows = [
-        ("Mean Teacher step / sum of its parts", median["Mean Teacher step"] / parts, 1.05),
+        ("Mean Teacher step / sum of its parts", median["MeanTeacher step"] / parts, 1.05),
         (
             "CoraNet step / Mean Teacher step, relabeling apart",
-            median["CoraNet step"] / median["Mean Teacher step"],
+            median["CoraNet step"] / median["MeanTeacher step"],
             1.10,
         ),
         (
             f"the same with its share of a relabeling (label_reuse={reuse})",
-            (median["CoraNet step"] + median["CoraNet labels a batch"] / reuse) / median["Mean Teacher step"],
+            (median["CoraNet step"] + median["CoraNet labels a batch"] / reuse) / median["MeanTeacher step"],
             None,
         ),
-        ("EMA update / Mean Teacher step", median["EMA update"] / median["Mean Teacher step"], 0.02),
+        ("EMA update / Mean Teacher step", median["EMA update"] / median["MeanTeacher step"], 0.02),
     ]
     rows += inference(args, stock, coranet) + memory(args)
     print("\n| ratio | measured | at most |\n|---|---|---|")
     for name, ratio, limit in rows:
         print(f"| {name} | {ratio:.3f} | {limit or ''} |")
+
+
+def second_passes(name, trainer, batch, data):
+    """A supervised step's passes through a trainer's second network, and a forward pass without a gradient."""
+    target = [t.to(trainer.device) for t in batch["target"]]
+    image = batch["data"].to(trainer.device)
+
+    def gradient():
+        trainer.optimizer.zero_grad(set_to_none=True)
+        with trainer.autocast():
+            loss = trainer.loss(trainer.second(image), target)
+        loss.backward()
+
+    def forward():
+        with torch.no_grad(), trainer.autocast():
+            trainer.second(data)
+
+    return {f"{name}, second network: gradient": gradient, f"{name}, second network: forward": forward}
 
 
 def inference(args, stock, coranet):
@@ -171,7 +224,7 @@ def inference(args, stock, coranet):
 
 def memory(args):
     peaks = {}
-    for name in NAMES:
+    for name in ("stock", "MeanTeacher", "CoraNet"):
         output = subprocess.run(
             [sys.executable, *sys.argv, "--peak-of", name], capture_output=True, text=True, check=True
         )

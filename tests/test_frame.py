@@ -334,7 +334,7 @@ def test_log_csv_and_figure_have_every_epoch(make_trainer):
     assert wanted <= set(rows[0])
     assert 0 <= float(rows[1]["certain_voxels"]) <= 1
     assert (folder / "progress_semiseg.png").stat().st_size > 5000
-    log = next(folder.glob("training_log*.txt")).read_text()
+    log = Path(trainer.log_file).read_text()
     assert "Semi-supervised: supervised" in log and "The student predicts" in log
     logged = trainer.logger.local_logger.my_fantastic_logging
     assert len(logged["semiseg/certain"]) == len(logged["train_losses"]) == 2

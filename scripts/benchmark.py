@@ -38,6 +38,7 @@ from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import Dataset, dataset_name
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.networks.second import second_plans
+from nnunet_semiseg.trainers.options import OptionError
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
 
 VANILLA, ALL = "vanilla", "all labels"
@@ -273,6 +274,21 @@ class Run:
     def done(self) -> bool:
         return self.summary is not None and "training_minutes" in self.record
 
+    @property
+    def mean(self) -> float:
+        """Mean Dice over the foreground classes, of a run with a summary."""
+        return self.summary["foreground_mean"]["Dice"]
+
+    @property
+    def peak_gib(self) -> float | None:
+        """On CUDA what the trainer logs, on the CPU the resident memory of the training process."""
+        if self.record.get("device") != "cuda":
+            return self.record.get("peak_rss_gib")
+        with suppress(FileNotFoundError), open(self.fold / "progress_semiseg.csv") as stream:
+            values = [float(row["peak_memory_gib"]) for row in csv.DictReader(stream) if row.get("peak_memory_gib")]
+            return max(values, default=None)
+        return None
+
 
 class Benchmark:
     """The checked matrix of runs.
@@ -292,6 +308,9 @@ class Benchmark:
         # Beside FILE.json, wherever the command is given.
         self.output = file.resolve().parent / s.output
         self.dataset = Dataset(dataset_name(str(s.dataset)))
+        self.splits_file = self.dataset.preprocessed / "splits_final.json"
+        self.lock_file = self.dataset.preprocessed / "benchmark.lock"
+        self.child_lock = self.dataset.preprocessed / "benchmark_training.lock"
         if not nnUNet_results.is_set():
             raise ValueError("The variable nnUNet_results is not set. Set it to a folder of your choice")
         self.plans = self.dataset.plans(s.plans)
@@ -299,18 +318,6 @@ class Benchmark:
         self.folds = make_folds(self.cases, self._validation(), s.budgets, s.split_seed, s.all_labels, bool(stored))
         self.runs = self._runs()
         self._refuse_other_results()
-
-    @property
-    def splits_file(self) -> Path:
-        return self.dataset.preprocessed / "splits_final.json"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.dataset.preprocessed / "benchmark.lock"
-
-    @property
-    def child_lock(self) -> Path:
-        return self.dataset.preprocessed / "benchmark_training.lock"
 
     def _preprocessed_cases(self) -> tuple[list[str], list[str]]:
         """The preprocessed cases with labels, and those of imagesUn."""
@@ -357,10 +364,13 @@ class Benchmark:
             f"_num_iterations_per_epoch={s.iterations}_num_val_iterations_per_epoch={s.val_iterations}"
             f"_save_every=1_seed={seed}"
         )
-        if find_trainer(name) is None:
-            known = ", ".join(trainer.removeprefix(PREFIX) for trainer in TRAINERS)
-            raise ValueError(f"There is no trainer '{method}'. Trainers: {VANILLA}, {known}")
-        return name
+        try:
+            if find_trainer(name) is not None:
+                return name
+        except OptionError as error:
+            raise OptionError(f"Trainer '{method}': {error}") from None
+        known = ", ".join(trainer.removeprefix(PREFIX) for trainer in TRAINERS)
+        raise ValueError(f"There is no trainer '{method}'. Trainers: {VANILLA}, {known}")
 
     def _runs(self) -> list[Run]:
         s, runs = self.settings, []
@@ -415,7 +425,9 @@ class Benchmark:
             *(["--c"] if run.started else []),
         ]
 
-    # ------------------------------------------------------------------------------------------------------- running
+    def finished(self, method: str, budget: str) -> list[Run]:
+        """The validated runs of all seeds."""
+        return [r for r in self.runs if (r.method, r.budget) == (method, budget) and r.summary is not None]
 
     def run(self, deadline: float) -> int:
         """Do what is left to do until ``deadline`` (of time.monotonic); the exit code."""
@@ -440,19 +452,18 @@ class Benchmark:
                 failed = True
                 print(f"FAILED: {error}")
                 continue
-            dice, minutes = run.summary["foreground_mean"]["Dice"], run.record["minutes"]
-            print(f"mean Dice {dice:.3f}, {minutes:.1f} min; {self._left(waiting[i + 1 :])}")
+            left = self._minutes_left(waiting[i + 1 :])
+            print(f"mean Dice {run.mean:.3f}, {run.record['wall_minutes']:.1f} min; about {left:.0f} min are left")
         return int(failed)
 
-    def _left(self, waiting: list[Run]) -> str:
-        """How long the waiting runs will take, by those that are done, of the same method where there are any."""
+    def _minutes_left(self, waiting: list[Run]) -> float:
+        """What the waiting runs will take, by those that are done, of the same method where there are any."""
         taken = defaultdict(list)
         for run in self.runs:
             if run.done:
                 for key in (run.method, None):
-                    taken[key].append(run.record["minutes"])
-        minutes = sum(np.mean(taken.get(run.method, taken[None])) for run in waiting)
-        return f"{len(waiting)} runs left, about {minutes:.0f} min"
+                    taken[key].append(run.record["wall_minutes"])
+        return float(sum(np.mean(taken.get(run.method, taken[None])) for run in waiting))
 
     def execute(self, run: Run, deadline: float) -> str | None:
         """Train and score; what went wrong, or None.
@@ -460,29 +471,31 @@ class Benchmark:
         Raises:
             OutOfTime: at the deadline, after the training has been stopped.
         """
-        scored = self.settings.quality_cases > 0 and run.budget != ALL
-        before = update_record(run.fold, split=self.folds[run.budget], device=self.device)
         begin = time.monotonic()
+        if begin > deadline:
+            raise OutOfTime
+        before = update_record(run.fold, split=self.folds[run.budget], device=self.device)
+        log = run.fold / "run.log"
         try:
             if run.summary is None:
-                snapshots = Snapshots(run.fold, self.settings.epochs) if scored else None
-                command = self.command(run)
-                command[0] = str(Path(sys.executable).with_name(command[0]))
-                child = Child(command, run.fold / "run.log", self.child_lock, self.device)
+                scored = self.settings.quality_cases > 0 and run.budget != ALL
+                look = Snapshots(run.fold, self.settings.epochs).look if scored else lambda: None
+                child = Child(self.command(run), log, self.child_lock, self.device)
                 try:
-                    child.wait(deadline, snapshots.look if scored else lambda: None)
+                    child.wait(deadline, look)
                 finally:
-                    peak = max(child.peak_gib, before.get("peak_rss_gib", 0.0))
-                    update_record(run.fold, peak_rss_gib=round(peak, 3))
+                    update_record(run.fold, peak_rss_gib=max(child.peak_gib, before.get("peak_rss_gib", 0.0)))
                 if child.exit_code or run.summary is None:
-                    return _failure(run.fold / "run.log", child.exit_code)
-            # A process of its own, so that its memory does not count as the next training's.
+                    return _failure(log, child.exit_code)
+            # A process of its own: the memory that it takes is not counted as the next training's, and is given back.
             score = [sys.executable, __file__, str(self.file), "--profile", self.profile, "--score", str(run.fold)]
-            child = Child(score, run.fold / "run.log", self.child_lock, self.device)
+            child = Child(score, log, self.child_lock, self.device)
             child.wait(deadline)
-            return _failure(run.fold / "run.log", child.exit_code) if child.exit_code else None
+            return _failure(log, child.exit_code) if child.exit_code else None
+        except checkpoints.CheckpointError as error:
+            return str(error)
         finally:
-            update_record(run.fold, minutes=before.get("minutes", 0.0) + (time.monotonic() - begin) / 60)
+            update_record(run.fold, wall_minutes=before.get("wall_minutes", 0.0) + (time.monotonic() - begin) / 60)
 
 
 def _failure(log: Path, exit_code: int) -> str:
@@ -511,17 +524,14 @@ def end_processes(lock_file: Path) -> None:
         RuntimeError: if it does not end.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
-        until = time.monotonic() + 15
-        signaled = False
-        while time.monotonic() < until:
+        for attempt in range(300):
             lock = _lock(lock_file)
             if lock is not None:
                 lock.close()
                 return
-            if not signaled:
+            if attempt == 0:
                 with suppress(ProcessLookupError):
                     os.killpg(int(lock_file.read_text()), number)
-                signaled = True
             time.sleep(0.05)
     raise RuntimeError(f"The training of process group {lock_file.read_text()} does not end. End it by hand")
 
@@ -540,9 +550,14 @@ class Child:
         self.lock_file = lock_file
         self.peak_gib = 0.0
         environment = {"nnUNet_compile": "f", **os.environ} if device == "cpu" else dict(os.environ)
+        # nnU-Net's commands lie beside this interpreter, even where its environment is not activated.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        program = shutil.which(command[0], path=environment["PATH"])
+        if program is None:
+            raise FileNotFoundError(f"There is no {command[0]}. Install nnU-Net where {sys.executable} is")
         with open(log, "ab") as output, _lock(lock_file) as lock:
             self.process = subprocess.Popen(
-                command,
+                [program, *command[1:]],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -559,7 +574,8 @@ class Child:
 
     def running(self) -> bool:
         if self.process.returncode is None:
-            # Unlike poll(), this tells the memory of this very process.
+            # Unlike poll(), this tells the memory of this very process. It is born with its parent's peak, which is
+            # below that of any training.
             ended, status, usage = os.wait4(self.process.pid, os.WNOHANG)
             if ended:
                 self.process.returncode = os.waitstatus_to_exitcode(status)
@@ -687,19 +703,35 @@ class Scorer:
         predictor.manual_initialization(
             network, plans, configuration, None, self.dataset_json, self.trainer, inference_allowed_mirroring_axes=None
         )
-        found = defaultdict(list)
+        dice = []
         for case in self.data.identifiers:
             image, truth, *_ = self.data.load_case(case)
-            image, truth = np.asarray(image[:]), np.asarray(truth[:])[0]
+            image, truth = (np.asarray(array[:]) for array in (image, truth))
             logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image)).cpu()
             predicted, _ = self.labels.one_vs_rest(self.labels.hard(logits[None]))
-            valid = truth != self.labels.ignore_label
-            for label, mask in zip(self.labels.foreground_names, predicted[0].bool().numpy()):
-                true, mask = np.isin(truth, label) & valid, mask & valid
-                size = true.sum() + mask.sum()
-                found[class_name(self.class_names, label)].append(2 * (true & mask).sum() / size if size else np.nan)
-        with np.errstate(invalid="ignore"):
-            return {name: float(np.nanmean(values)) for name, values in found.items()}
+            dice.append(class_dice(predicted[0].bool().numpy(), truth, self.labels))
+        names = [class_name(self.class_names, label) for label in self.labels.foreground_names]
+        return dict(zip(names, map(float, np.nanmean(dice, axis=0))))
+
+
+def class_dice(predicted: np.ndarray, truth: np.ndarray, labels: LabelAdapter) -> list[float]:
+    """Dice of each foreground class or region, 2 |A and B| / (|A| + |B|), without ignored voxels.
+
+    Args:
+        predicted: (K, Z, Y, X) bool.
+        truth: (1, Z, Y, X) label map as nnU-Net preprocesses it (-1: outside of the image, background).
+        labels: Of the dataset.
+
+    Returns:
+        K values; NaN for a class that is neither in the prediction nor in the label map, as in nnU-Net's evaluation.
+    """
+    valid = np.ones_like(truth, dtype=bool) if labels.ignore_label is None else truth != labels.ignore_label
+    result = []
+    for label, mask in zip(labels.foreground_names, predicted):
+        true, mask = np.isin(truth, label) & valid, mask & valid
+        size = true.sum() + mask.sum()
+        result.append(2 * (true & mask).sum() / size if size else np.nan)
+    return result
 
 
 def class_names(dataset_json: dict) -> dict[str, str]:
@@ -750,42 +782,42 @@ def read_quality(fold: Path) -> list[tuple[int, str, str, float]]:
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished run; Dice per class and mean as nnU-Net's validation has them, minutes and GiB or None."""
+PAGE = """\
+# {title}
 
-    run: Run
-    dice: dict[str, float]
-    mean: float
-    minutes: float | None
-    peak_gib: float | None
+{overview}
+Mean Dice over the foreground classes of {validation} whole validation cases (nnU-Net's own validation: final
+checkpoint, sliding window, mirroring); {seeds}. vanilla is nnU-Net's own training. {state}
+{note}
+![Dice against the number of labeled cases](label_efficiency.png)
 
+## Runs
 
-def peak_memory(run: Run) -> float | None:
-    """GiB: on CUDA what the trainer logs, on the CPU the resident memory of the training process."""
-    if run.record.get("device") != "cuda":
-        return run.record.get("peak_rss_gib")
-    with suppress(FileNotFoundError), open(run.fold / "progress_semiseg.csv") as stream:
-        values = [float(row["peak_memory_gib"]) for row in csv.DictReader(stream) if row.get("peak_memory_gib")]
-        return max(values, default=None)
-    return None
+{runs}
+Training: sum of the epochs, without the final validation. Peak memory: {memory}.
 
+## How it was made
 
-def collect(benchmark: Benchmark) -> list[Result]:
-    """What is done, in the order of FILE.json."""
-    names = class_names(benchmark.dataset.json)
-    results = []
-    for run in benchmark.runs:
-        summary = run.summary
-        if summary is not None:
-            dice = {class_name(names, label): values["Dice"] for label, values in summary["mean"].items()}
-            mean = summary["foreground_mean"]["Dice"]
-            results.append(Result(run, dice, mean, run.record.get("training_minutes"), peak_memory(run)))
-    return results
+```
+{command}
+```
 
+{name}:
 
-def _of(results: list[Result], method: str, budget: str) -> list[Result]:
-    return [result for result in results if (result.run.method, result.run.budget) == (method, budget)]
+```json
+{content}
+```
+
+The runs, on the folds in `splits_final.json` beside this file:
+
+```
+{commands}
+```
+"""
+NOTE = """
+In the column "all labels" one training case ({case}) is left out: the trainer needs an unlabeled case, and the dataset
+has none in imagesUn.
+"""
 
 
 def _cell(values: list[float], wanted: int) -> str:
@@ -805,178 +837,150 @@ def _table(header: list[str], rows) -> str:
 
 def report(benchmark: Benchmark) -> None:
     """Write tables and pictures of what is done into the output folder."""
-    s, results, folds = benchmark.settings, collect(benchmark), benchmark.folds
+    folds, output = benchmark.folds, benchmark.output
     methods = list(dict.fromkeys(run.method for run in benchmark.runs))
-    write_text(benchmark.output / "results.md", results_page(benchmark, results, methods))
+    results = [run for run in benchmark.runs if run.summary is not None]
+    names = class_names(benchmark.dataset.json)
+    dice = {
+        run: {class_name(names, label): values["Dice"] for label, values in run.summary["mean"].items()}
+        for run in results
+    }
+    write_text(output / "results.md", results_page(benchmark, methods, dice))
     rows = []
-    for result in results:
-        run = result.run
+    for run in results:
         start = [run.method, run.trainer, run.budget, len(folds[run.budget]["train"]), run.number, run.seed]
-        costs = ["" if cost is None else f"{cost:.6g}" for cost in (result.minutes, result.peak_gib)]
-        rows += [[*start, name, dice, *costs] for name, dice in {**result.dice, "mean": result.mean}.items()]
+        costs = [run.record.get("training_minutes", ""), "" if run.peak_gib is None else run.peak_gib]
+        rows += [[*start, name, value, *costs] for name, value in {**dice[run], "mean": run.mean}.items()]
     header = ["method", "trainer", "budget", "labeled_cases", "fold", "seed", "class", "dice", "training_minutes"]
-    write_text(benchmark.output / "results.csv", csv_text([*header, "peak_memory_gib"], rows))
-    write_text(benchmark.output / "splits_final.json", json.dumps(list(folds.values()), indent=4))
+    write_text(output / "results.csv", csv_text([*header, "peak_memory_gib"], rows))
+    write_text(output / "splits_final.json", json.dumps(list(folds.values()), indent=4))
 
     import matplotlib
 
-    matplotlib.use("agg")
     colors = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"].colors
     style = {method: dict(color=colors[i % len(colors)], label=method) for i, method in enumerate(methods)}
-    label_efficiency(benchmark, results, style)
-    epoch = f"epoch ({s.iterations} training steps each)"
-    panels(
-        benchmark,
-        benchmark.output / "validation_curves.png",
-        (epoch, "nnU-Net's validation pseudo Dice (0 to 1)"),
-        lambda axes, budget: draw_validation(axes, _of_budget(benchmark, budget), style),
-        list(folds),
-    )
-    panels(
-        benchmark,
-        benchmark.output / "pseudo_label_quality.png",
-        (epoch, "Dice of withheld cases (0 to 1)\nsolid: labels; dashed: student"),
-        lambda axes, budget: draw_quality(axes, _of_budget(benchmark, budget), style),
-        [budget for budget in folds if budget != ALL],
-    )
+    label_efficiency(benchmark, style)
+    panels(benchmark, style, "validation_curves.png", "nnU-Net's validation pseudo Dice (0 to 1)", draw_validation)
+    quality = "Dice of withheld cases (0 to 1)\nsolid: network that labels; dashed: student"
+    panels(benchmark, style, "pseudo_label_quality.png", quality, draw_quality)
 
 
-def results_page(benchmark: Benchmark, results: list[Result], methods: list[str]) -> str:
-    """results.md."""
+def results_page(benchmark: Benchmark, methods: list[str], dice: dict[Run, dict[str, float]]) -> str:
+    """results.md. ``dice``: that of each class, for every validated run."""
     s, folds = benchmark.settings, benchmark.folds
-    columns = [f"{name} ({len(fold['train'])} labeled)" for name, fold in folds.items()]
-    rows = [
-        [method, *(_cell([r.mean for r in _of(results, method, budget)], len(s.seeds)) for budget in folds)]
+    overview = [
+        [method, *(_cell([run.mean for run in benchmark.finished(method, budget)], len(s.seeds)) for budget in folds)]
         for method in methods
     ]
-    spread = " ± their standard deviation" if len(s.seeds) > 1 else ""
-    done = f"{len(results)} of {len(benchmark.runs)} runs are done."
-    text = [
-        f"# {benchmark.dataset.name}, {s.configuration}\n",
-        _table(["method", *columns], rows),
-        f"Mean Dice over foreground classes of {len(next(iter(folds.values()))['val'])} whole validation cases (nnU-Net's "
-        f"own validation: final checkpoint, sliding window, mirroring); mean over {len(s.seeds)} seed(s){spread}. "
-        f"{VANILLA} is nnU-Net's own training. {done}\n",
-    ]
-    if ALL in folds and folds[ALL]["unlabeled"]:
-        text.append(
-            f"In the column {ALL}, one training case ({folds[ALL]['unlabeled'][0]}) is left out: the trainer needs an "
-            "unlabeled case, and the dataset has none in imagesUn.\n"
-        )
-    text.append("![label efficiency](label_efficiency.png)\n\n## Runs\n")
-    if results:
-        classes = list(results[0].dice)
-        rows = []
-        for result in results:
-            run = result.run
-            costs = ["–" if cost is None else f"{cost:.2f}" for cost in (result.minutes, result.peak_gib)]
-            dice = [f"{value:.3f}" for value in (*(result.dice[name] for name in classes), result.mean)]
-            rows.append([run.method, run.budget, str(run.seed), *dice, *costs])
-        header = ["method", "budget", "seed", *classes, "mean Dice", "training, min", "peak memory, GiB"]
-        text.append(_table(header, rows))
-    memory = "of the GPU" if benchmark.profile == "gpu" else "resident, of the training process"
-    text.append(
-        f"Training: sum of the epochs, without the final validation. Peak memory: {memory}.\n\n"
-        "## How it was made\n\n```\n"
-        f"python scripts/benchmark.py {benchmark.file.name} --profile {benchmark.profile}\n```\n\n"
-        f"{benchmark.file.name}:\n\n```json\n{benchmark.file.read_text().strip()}\n```\n\n"
-        "The runs, with the folds of `splits_final.json` beside this file:\n\n```"
+    # A class can be missing in the validation cases of none but all runs: they are the same.
+    classes = list(next(iter(dice.values()), {}))
+    runs = []
+    for run, values in dice.items():
+        costs = ["–" if cost is None else f"{cost:.2f}" for cost in (run.record.get("training_minutes"), run.peak_gib)]
+        numbers = [f"{value:.3f}" for value in (*(values[name] for name in classes), run.mean)]
+        runs.append([run.method, run.budget, str(run.seed), *numbers, *costs])
+    hidden = folds[ALL]["unlabeled"] if ALL in folds else []
+    return PAGE.format(
+        title=f"{benchmark.dataset.name}, {s.configuration}",
+        overview=_table(
+            ["method", *(f"{name} ({len(fold['train'])} labeled)" for name, fold in folds.items())], overview
+        ),
+        validation=len(next(iter(folds.values()))["val"]),
+        seeds=f"{len(s.seeds)} seeds ± their standard deviation" if len(s.seeds) > 1 else "one seed",
+        state=f"{len(dice)} of {len(benchmark.runs)} runs are done.",
+        note=NOTE.format(case=hidden[0]) if hidden else "",
+        runs=_table(["method", "budget", "seed", *classes, "mean Dice", "training, min", "peak memory, GiB"], runs),
+        memory="of the GPU" if benchmark.profile == "gpu" else "resident, of the training process",
+        command=f"python scripts/benchmark.py {benchmark.file.name} --profile {benchmark.profile}",
+        name=benchmark.file.name,
+        content=benchmark.file.read_text().strip(),
+        commands="\n".join(" ".join(benchmark.command(run)).removesuffix(" --c") for run in benchmark.runs),
     )
-    text += [" ".join(part for part in benchmark.command(run) if part != "--c") for run in benchmark.runs]
-    return "\n".join([*text, "```", ""])
 
 
-def _save(figure, file: Path) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, file)
-
-
-def label_efficiency(benchmark: Benchmark, results: list[Result], style: dict) -> None:
+def label_efficiency(benchmark: Benchmark, style: dict) -> None:
     """Mean Dice against the number of labeled cases."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     sizes = {budget: len(fold["train"]) for budget, fold in benchmark.folds.items() if budget != ALL}
+    several = len(benchmark.settings.seeds) > 1
     for method, look in style.items():
         points = []
-        for budget, size in sorted(sizes.items(), key=lambda pair: pair[1]):
-            values = [result.mean for result in _of(results, method, budget)]
+        for budget in sorted(sizes, key=sizes.get):
+            values = [run.mean for run in benchmark.finished(method, budget)]
             if values:
-                points.append((size, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0))
+                points.append((sizes[budget], np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0))
         if points:
             x, mean, deviation = zip(*points)
-            axes.errorbar(
-                x, mean, deviation if len(benchmark.settings.seeds) > 1 else None, marker="o", capsize=3, **look
-            )
-    ceiling = [result.mean for result in _of(results, VANILLA, ALL)]
+            axes.errorbar(x, mean, deviation if several else None, marker="o", capsize=3, **look)
+    ceiling = [run.mean for run in benchmark.finished(VANILLA, ALL)]
     if ceiling:
         number = len(benchmark.folds[ALL]["train"])
         axes.axhline(np.mean(ceiling), color="black", linestyle=":", label=f"{VANILLA}, all {number} labels")
-    axes.set_xscale("log")
     ticks = sorted(set(sizes.values()))
+    axes.set_xscale("log")
     axes.set_xticks(ticks, ticks)
     axes.minorticks_off()
     axes.set(xlabel="labeled cases (logarithmic)", ylabel="mean foreground Dice (0 to 1)", title=benchmark.dataset.name)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
     _save(figure, benchmark.output / "label_efficiency.png")
 
 
-def panels(benchmark: Benchmark, file: Path, labels: tuple[str, str], draw, budgets: list[str]) -> None:
-    """A picture with one panel for each budget, and a common legend."""
+def panels(benchmark: Benchmark, style: dict, file: str, ylabel: str, draw) -> None:
+    """A picture with one panel for each budget; ``draw(axes, runs, look)`` draws a method's line."""
     from matplotlib.figure import Figure
 
+    budgets = [budget for budget in benchmark.folds if budget != ALL]
     figure = Figure(figsize=(3 + 4.5 * len(budgets), 4.5), layout="constrained")
-    entries = {}
     for axes, budget in zip(np.ravel(figure.subplots(1, len(budgets), sharey=True)), budgets):
-        draw(axes, budget)
-        axes.set(xlabel=labels[0], title=f"{budget} ({len(benchmark.folds[budget]['train'])} labeled)")
+        for method, look in style.items():
+            draw(axes, benchmark.finished(method, budget), look)
+        axes.set_xlabel(f"epoch ({benchmark.settings.iterations} training steps each)")
+        axes.set_title(f"{budget} ({len(benchmark.folds[budget]['train'])} labeled)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[0].set_ylabel(ylabel)
+    _save(figure, benchmark.output / file)
+
+
+def draw_validation(axes, runs: list[Run], look: dict) -> None:
+    """Mean over the seeds."""
+    curves = [curve for run in runs if (curve := run.record.get("validation_dice"))]
+    if curves:
+        mean = np.mean(curves, axis=0)
+        axes.plot(range(1, len(mean) + 1), mean, **look)
+
+
+def draw_quality(axes, runs: list[Run], look: dict) -> None:
+    """Mean over classes and seeds; solid for the network that makes the labels, dashed for the student beside it."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for epoch, network, _, dice in read_quality(run.fold):
+            found[network][epoch].append(dice)
+    if not found:
+        return
+    # Vanilla's teacher labels nothing.
+    order = ("student",) if runs[0].method == VANILLA else ("teacher", "second", "student")
+    labeling = next(network for network in order if network in found)
+    for network in dict.fromkeys((labeling, "student")):
+        # Epochs that all seeds have.
+        most = max(map(len, found[network].values()))
+        points = sorted((epoch, np.nanmean(dice)) for epoch, dice in found[network].items() if len(dice) == most)
+        dashed = {} if network == labeling else {"label": None, "linestyle": "--"}
+        axes.plot(*zip(*points), marker=".", **{**look, **dashed})
+
+
+def _save(figure, file: Path) -> None:
+    """Add grids and one legend for all panels, and write."""
+    entries = {}
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-        entries |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.axes[0].set_ylabel(labels[1])
+        entries |= dict(zip(*axes.get_legend_handles_labels()[::-1]))
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside right upper")
-    _save(figure, file)
-
-
-def _of_budget(benchmark: Benchmark, budget: str) -> dict[str, list[Run]]:
-    """{method: its runs}."""
-    runs = defaultdict(list)
-    for run in benchmark.runs:
-        if run.budget == budget:
-            runs[run.method].append(run)
-    return runs
-
-
-def draw_validation(axes, runs: dict[str, list[Run]], style: dict) -> None:
-    """Curves of finished runs, mean over the seeds."""
-    for method, seeds in runs.items():
-        curves = [curve for run in seeds if (curve := run.record.get("validation_dice"))]
-        if curves:
-            mean = np.mean(curves, axis=0)
-            axes.plot(range(1, len(mean) + 1), mean, **style[method])
-
-
-def draw_quality(axes, runs: dict[str, list[Run]], style: dict) -> None:
-    """Mean over classes and seeds; solid for the network that makes the labels, dashed for the student beside it."""
-    for method, seeds in runs.items():
-        lines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for run in seeds:
-            for epoch, network, _, dice in read_quality(run.fold):
-                lines[network][epoch].append(dice)
-        if not lines:
-            continue
-        # Vanilla's teacher labels nothing.
-        networks = ("student",) if method == VANILLA else ("teacher", "second", "student")
-        labeling = next(network for network in networks if network in lines)
-        for network in dict.fromkeys((labeling, "student")):
-            # Epochs that all seeds have.
-            full = max(map(len, lines[network].values()))
-            points = sorted((epoch, np.nanmean(v)) for epoch, v in lines[network].items() if len(v) == full)
-            look = style[method] if network == labeling else {"color": style[method]["color"], "linestyle": "--"}
-            axes.plot(*zip(*points), marker=".", **look)
+    temporary = file.with_name(file.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    os.replace(temporary, file)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -1028,7 +1032,7 @@ def main(arguments: list[str] | None = None) -> int:
         report(benchmark)
         print(f"Report: {benchmark.output / 'results.md'}")
         return code
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
 

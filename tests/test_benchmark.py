@@ -1,0 +1,424 @@
+"""scripts/benchmark.py: folds, refusals, a matrix that is killed and continued, and its report."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import LABELS, REPOSITORY, TWO_PHASES
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import benchmark  # noqa: E402
+from nnunetv2.utilities.label_handling.label_handling import LabelManager  # noqa: E402
+
+from nnunet_semiseg import checkpoints  # noqa: E402
+from nnunet_semiseg.labels import LabelAdapter  # noqa: E402
+
+CASES = [f"case_{i}" for i in range(10)]
+NAME = "Dataset811_bench"
+BCP = "BCP" + TWO_PHASES
+
+
+@pytest.fixture
+def dataset(prepared, work):
+    """A copy of the tiny dataset without unlabeled images; its splits are nobody else's. The preprocessed folder."""
+    source, target = work / "preprocessed" / prepared("labels"), work / "preprocessed" / NAME
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*_unlabeled", "*3d_fullres*", "splits_final*"))
+    plans = target / "nnUNetPlans_cpu.json"
+    plans.write_text(plans.read_text().replace(source.name, NAME))
+    yield target
+    shutil.rmtree(target)
+    shutil.rmtree(work / "results" / NAME, ignore_errors=True)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """``write(key=value)``: a FILE.json of two short runs, with changes; None leaves a key out."""
+
+    def write(**changes):
+        content = {
+            "dataset": 811,
+            "configuration": "2d",
+            "plans": "nnUNetPlans_cpu",
+            "output": "out",
+            "trainers": ["vanilla", BCP],
+            "budgets": [2],
+            "validation": ["lab_05"],
+            "epochs": 2,
+            "iterations": 2,
+            "val_iterations": 1,
+            "all_labels": False,
+            "quality_cases": 2,
+            **changes,
+        }
+        file = tmp_path / "bench.json"
+        file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        return file
+
+    return write
+
+
+def main(*arguments):
+    return benchmark.main([str(argument) for argument in arguments])
+
+
+def folds(budgets, validation=("case_0", "case_1"), all_labels=True, more=False, seed=1):
+    return benchmark.make_folds(CASES, list(validation), budgets, seed, all_labels, more)
+
+
+# Folds
+
+
+def test_numbers_of_cases_are_drawn_nested_and_repeatably():
+    first = folds([2, 5, 3])
+    assert list(first) == ["2 cases", "5 cases", "3 cases", "all labels"]
+    small, large, middle = (set(first[f"{n} cases"]["train"]) for n in (2, 5, 3))
+    assert small < middle < large and len(large) == 5
+    assert folds([2, 5, 3]) == first != folds([2, 5, 3], seed=2)
+
+
+@pytest.mark.parametrize("budgets", [[1, 4], {"a": ["case_2"], "b": ["case_3", "case_9"]}])
+def test_a_fold_holds_every_case_once(budgets):
+    for fold in folds(budgets).values():
+        assert sorted(fold["train"] + fold["val"] + fold["unlabeled"]) == CASES
+        assert fold["val"] == ["case_0", "case_1"]
+
+
+def test_all_labels_hides_one_case_of_no_budget_only_where_there_are_no_others():
+    hidden = folds({"a": ["case_2"], "b": ["case_3"]})["all labels"]["unlabeled"]
+    assert hidden == ["case_4"]
+    assert folds([2], more=True)["all labels"]["unlabeled"] == []
+
+
+@pytest.mark.parametrize(
+    "budgets, message",
+    [
+        ({"a": ["case_1", "case_2"]}, "case_1 is in 'a' and in the validation cases"),
+        ({"a": ["nobody"]}, "'a' names nobody.*e.g., case_0"),
+        ({"a": ["case_2", "case_2"]}, "'a' names a case twice"),
+        ({"all labels": ["case_2"]}, "Use another name"),
+        ([9], "only 8 that are not for validation"),
+        ([8], "leaves no case unlabeled"),
+    ],
+)
+def test_bad_budgets_are_named(budgets, message):
+    with pytest.raises(ValueError, match=message):
+        folds(budgets)
+
+
+def test_unknown_validation_case_is_named():
+    with pytest.raises(ValueError, match="'validation' names nobody"):
+        folds([2], validation=["nobody"])
+
+
+# What is refused before anything runs
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"epoch": 3}, "there is no key 'epoch'. Keys: dataset, "),
+        ({"budgets": None}, "'budgets' is missing"),
+        ({"epochs": "3"}, "'epochs' is \"3\", but has to be a whole number"),
+        ({"seeds": [1, 1]}, "'seeds' names something twice"),
+        ({"trainers": ["BCB"]}, "There is no trainer 'BCB'. Trainers: vanilla, MeanTeacher"),
+        ({"trainers": ["BCP_weight=1"]}, "Trainer 'BCP_weight=1': there is no option 'weight'"),
+        ({"trainers": ["vanilla", "MeanTeacher_consistency_weight=0"]}, "are the same trainer"),
+        ({"dataset": 999}, "There is no dataset 999"),
+        ({"plans": "nnUNetPlans"}, "nnUNetPlans.json is missing"),
+        ({"configuration": "3d_lowres"}, "has no configuration 3d_lowres. It has 2d"),
+        ({"configuration": "3d_fullres"}, "has no cases. Run: nnUNetv2_preprocess -d Dataset811_bench"),
+        ({"budgets": [6]}, "Use a smaller number"),
+    ],
+)
+def test_one_line_names_what_is_wrong(changes, message, dataset, write, capsys):
+    assert main(write(**changes)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (dataset / "splits_final.json").exists()
+
+
+def test_a_case_that_is_not_preprocessed_is_named(dataset, write, capsys):
+    for file in (dataset / "nnUNetPlans_cpu_2d").glob("lab_03*"):
+        file.unlink()
+    assert main(write()) == 2
+    assert "lacks case lab_03. Run: nnUNetv2_preprocess" in capsys.readouterr().err
+
+
+def test_splits_that_were_there_are_kept(dataset, write, capsys):
+    former = '[{"train": ["lab_00"], "val": ["lab_04"]}]'
+    splits, backup = dataset / "splits_final.json", dataset / "splits_final.json.before_benchmark"
+    splits.write_text(former)
+    file = write(validation=None)
+    # Out of time before the first run.
+    assert main(file, "--minutes", 0) == 3
+    assert backup.read_text() == former and backup.name in capsys.readouterr().out
+    (fold,) = json.loads(splits.read_text())
+    assert fold["val"] == ["lab_04"] and len(fold["train"]) == 2 and len(fold["unlabeled"]) == 3
+    assert main(file, "--minutes", 0) == 3
+    splits.write_text(former.replace("04", "05"))
+    assert main(file, "--minutes", 0) == 3
+    assert backup.read_text() == former
+    assert "lab_05" in backup.with_name(backup.name + "_2").read_text()
+
+
+def test_results_on_other_cases_are_refused(dataset, write, work, capsys):
+    run = benchmark.Benchmark(write(), "cpu").runs[0]
+    benchmark.update_record(run.fold, split={"train": ["lab_00"], "val": ["lab_05"], "unlabeled": []})
+    assert main(write()) == 2
+    assert f"{run.fold} was made by a benchmark with other cases" in capsys.readouterr().err
+    (run.fold / benchmark.RECORD).unlink()
+    (run.fold / "checkpoint_best.pth").touch()
+    assert main(write()) == 2
+    assert "holds a training that this benchmark did not start" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(dataset, write, work, capsys):
+    assert main(write(trainers=["BCP"], all_labels=True), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "Fold 1, all labels: 4 train, 1 val, 1 unlabeled" in printed
+    assert "[1/2] BCP, 2 cases, seed 1: to do" in printed
+    schedule = "_2epochs_num_iterations_per_epoch=2_num_val_iterations_per_epoch=1_save_every=1_seed=1"
+    vanilla = f"nnUNetTrainerMeanTeacher_consistency_weight=0{schedule}"
+    assert f"nnUNetv2_train {NAME} 2d 1 -tr {vanilla} -p nnUNetPlans_cpu -device cpu\n" in printed
+    assert not (dataset / "splits_final.json").exists() and not (work / "results" / NAME).exists()
+
+
+# Running
+
+
+def test_a_matrix_that_is_killed_continues(dataset, write, tmp_path, capsys):
+    file = write()
+    runs = benchmark.Benchmark(file, "cpu").runs
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "scripts" / "benchmark.py"), str(file)], stdout=subprocess.DEVNULL
+    )
+    deadline = time.time() + 300
+    while not (runs[0].fold / "snapshots" / "epoch_001.pth").is_file():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    # The training itself goes on, as after a kill by the system, and is found by the next call.
+    process.kill()
+    process.wait()
+
+    assert main(file) == 0
+    printed = capsys.readouterr().out
+    assert "0 of 2 runs are done" in printed and "[2/2] " + BCP in printed
+    for run in runs:
+        assert (run.fold / "run.log").read_text().count(": Epoch 0") == 1
+        assert not (run.fold / "snapshots").exists()
+        quality = benchmark.read_quality(run.fold)
+        assert {row[:3] for row in quality} == {
+            (epoch, network, name)
+            for epoch in (1, 2)
+            for network in ("student", "teacher")
+            for name in ("ball", "core")
+        }
+        assert all(0 <= row[3] <= 1 for row in quality)
+        assert 0 < run.record["training_minutes"] < run.record["wall_minutes"]
+        assert run.peak_gib > 0.1 and len(run.record["validation_dice"]) == 2
+
+    page = (tmp_path / "out" / "results.md").read_text()
+    with open(tmp_path / "out" / "results.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    for run in runs:
+        summary = json.loads((run.fold / "validation" / "summary.json").read_text())
+        assert f"| {run.method} | {summary['foreground_mean']['Dice']:.3f} |" in page
+        dice = {row["class"]: float(row["dice"]) for row in rows if row["trainer"] == run.trainer}
+        means = summary["mean"]
+        assert dice == {
+            "ball": means["1"]["Dice"],
+            "core": means["2"]["Dice"],
+            "mean": summary["foreground_mean"]["Dice"],
+        }
+    for name in ("label_efficiency", "pseudo_label_quality", "validation_curves"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+    before = [(run.fold / "run.log").stat().st_mtime_ns for run in runs]
+    assert main(file) == 0
+    assert "2 of 2 runs are done" in capsys.readouterr().out
+    assert [(run.fold / "run.log").stat().st_mtime_ns for run in runs] == before
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(dataset, write, monkeypatch, capsys):
+    failing = [sys.executable, "-c", "print('no luck'); raise SystemExit(4)"]
+    monkeypatch.setattr(benchmark.Benchmark, "command", lambda self, run: failing)
+    assert main(write()) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED: exit code 4") == printed.count("    no luck\n") == 2
+
+
+def test_one_benchmark_at_a_time(dataset, write, capsys):
+    with benchmark._lock(dataset / "benchmark.lock"):
+        assert main(write()) == 2
+    assert "Another benchmark of Dataset811_bench is running" in capsys.readouterr().err
+
+
+def test_a_stopped_command_leaves_no_process(tmp_path):
+    # A worker that a training leaves behind.
+    code = "import os, time; pid = os.fork(); print(pid or 'worker', flush=True); time.sleep(600)"
+    child = benchmark.Child([sys.executable, "-c", code], tmp_path / "log", tmp_path / "lock", "cpu")
+
+    def look():
+        if "worker" in (tmp_path / "log").read_text():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        child.wait(time.monotonic() + 60, look)
+    assert child.exit_code == -15
+    # The worker had inherited the lock.
+    with benchmark._lock(tmp_path / "lock"):
+        pass
+    with pytest.raises(benchmark.OutOfTime):
+        benchmark.Child(["sleep", "600"], tmp_path / "log", tmp_path / "lock", "cpu").wait(time.monotonic())
+
+
+@pytest.mark.parametrize("epochs, kept", [(25, [3, 5, 8, 10, 13, 15, 18, 20, 23]), (4, [1, 2, 3])])
+def test_snapshots_are_evenly_spaced_and_outlive_the_checkpoint(epochs, kept, tmp_path):
+    snapshots = benchmark.Snapshots(tmp_path, epochs)
+    snapshots.look()
+    # The last epoch is in checkpoint_final.
+    for epoch in range(1, epochs):
+        checkpoints.write({"current_epoch": epoch}, tmp_path / "checkpoint_latest.pth")
+        if epoch == 6:
+            snapshots = benchmark.Snapshots(tmp_path, epochs)
+        snapshots.look()
+        snapshots.look()
+    files = sorted((tmp_path / "snapshots").iterdir())
+    assert [file.name for file in files] == [f"epoch_{epoch:03d}.pth" for epoch in kept]
+    assert [checkpoints.read(file)["current_epoch"] for file in files] == kept
+
+
+# Quality of pseudo labels
+
+
+def test_every_network_that_segments_is_scored(make_trainer, work):
+    trainer = make_trainer("nnUNetTrainerCPS_second_network=resenc")
+    trainer.initialize()
+    trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
+    model = benchmark.Path(trainer.output_folder)
+    for name, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
+        (model.parent / f"{name}.json").write_text(json.dumps(content))
+    preprocessed = work / "preprocessed" / "Dataset801_labels"
+    scorer = benchmark.Scorer(model, preprocessed, ["lab_03"], "cpu")
+    checkpoint = checkpoints.read(model / "checkpoint_final.pth")
+    found = {name: scorer.dice(weights, plans) for name, weights, plans in scorer.networks(checkpoint)}
+    assert set(found) == {"student", "second"}
+    # By hand: the slices of this dataset fit into one patch.
+    image, truth, *_ = scorer.data.load_case("lab_03")
+    image, truth = torch.from_numpy(image[:]), truth[:][0]
+    with torch.no_grad():
+        for name, network in (("student", trainer.network), ("second", trainer.companions["second"])):
+            network.eval().decoder.deep_supervision = False
+            size = trainer.configuration_manager.patch_size
+            before = [(s - n) // 2 for s, n in zip(size, image.shape[2:])]
+            after = [s - n - b for s, n, b in zip(size, image.shape[2:], before)]
+            padded = torch.nn.functional.pad(image, (before[1], after[1], before[0], after[0]))
+            hard = network(padded.transpose(0, 1)).argmax(1).numpy()
+            hard = hard[:, before[0] : hard.shape[1] - after[0], before[1] : hard.shape[2] - after[1]]
+            for label in (1, 2):
+                dice = 2 * ((hard == label) & (truth == label)).sum() / ((hard == label).sum() + (truth == label).sum())
+                class_name = {value: key for key, value in LABELS.items()}[label]
+                # nnU-Net adds tiles up in half precision.
+                assert found[name][class_name] == pytest.approx(dice, abs=5e-3)
+    shutil.rmtree(model.parent)
+
+
+def test_the_student_is_scored_where_the_teacher_predicts():
+    scorer = object.__new__(benchmark.Scorer)
+    scorer.plans = {}
+    teacher = {"teacher.module.w": "average", "teacher._extra_state": {"updates": 1}}
+    state = {"student": {"w": "student"}, "companions": teacher, "options": {}}
+    checkpoint = {"network_weights": {"w": "average"}, checkpoints.STATE_KEY: state}
+    scorer.configuration = "2d"
+    networks = {name: weights for name, weights, _ in scorer.networks(checkpoint)}
+    assert networks == {"student": {"w": "student"}, "teacher": {"w": "average"}}
+
+
+def test_dice_of_labels_regions_and_ignored_voxels():
+    truth = np.array([[[[0, 1, 1, 2, 3, -1]]]])
+    labels = LabelAdapter(LabelManager({"background": 0, "a": 1, "b": 2, "ignore": 3}, None))
+    a = np.array([[[[0, 1, 0, 0, 1, 0]]], [[[0, 0, 0, 0, 1, 0]]]], dtype=bool)
+    assert benchmark.class_dice(a, truth, labels) == [2 / 3, 0]
+    nothing = np.where(truth == 2, 0, truth)
+    assert np.isnan(benchmark.class_dice(a, nothing, labels)[1])
+    regions = LabelAdapter(LabelManager({"background": 0, "whole": [1, 2], "b": 2, "ignore": 3}, [1, 2]))
+    assert benchmark.class_dice(a, truth, regions) == [2 / 4, 0]
+
+
+# The report
+
+
+def make_results(runs):
+    """Results as trainings leave them: Dice grows with the seed and the number of the run."""
+    for i, run in enumerate(runs):
+        mean = 0.5 + 0.01 * i + 0.1 * run.seed
+        summary = {"foreground_mean": {"Dice": mean}, "mean": {"1": {"Dice": mean + 0.05}, "2": {"Dice": mean - 0.05}}}
+        benchmark.write_text(run.fold / "validation" / "summary.json", json.dumps(summary))
+        rows = [(e, n, c, 0.1 * e) for e in (1, 2) for n in ("student", "teacher") for c in ("ball", "core")]
+        text = benchmark.csv_text(["epoch", "network", "class", "dice"], rows)
+        benchmark.write_text(run.fold / benchmark.QUALITY, text)
+        benchmark.write_text(run.fold / "progress_semiseg.csv", "epoch,peak_memory_gib\n0,1.5\n1,2.5\n")
+
+
+def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
+    file = write(budgets={"one": ["lab_00"], "three": ["lab_00", "lab_01", "lab_02"]}, seeds=[1, 2], all_labels=True)
+    bench = benchmark.Benchmark(file, "cpu")
+    for run in bench.runs:
+        memory = {"device": "cuda"} if run.method == "vanilla" else {"device": "cpu", "peak_rss_gib": 0.75}
+        split = bench.folds[run.budget]
+        benchmark.update_record(run.fold, split=split, training_minutes=4.0, validation_dice=[0.1, 0.2], **memory)
+    # Seed 1: 0.60, 0.61, 0.62, 0.63, and 0.64 of all labels; seed 2: 0.75, and the others are not done.
+    make_results(bench.runs[:6])
+    assert main(file, "--report") == 0
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "| method | one (1 labeled) | three (3 labeled) | all labels (4 labeled) |" in page
+    deviation = np.std([0.6, 0.75], ddof=1)
+    assert f"| vanilla | 0.675 ± {deviation:.3f} | 0.620 (1 of 2 seeds) | 0.640 (1 of 2 seeds) |" in page
+    assert f"| {BCP} | 0.610 (1 of 2 seeds) | 0.630 (1 of 2 seeds) | – |" in page
+    assert "| vanilla | one | 1 | 0.650 | 0.550 | 0.600 | 4.00 | 2.50 |" in page
+    assert f"| {BCP} | one | 1 | 0.660 | 0.560 | 0.610 | 4.00 | 0.75 |" in page
+    assert "6 of 10 runs are done" in page and "(lab_03) is left out" in page and file.read_text().strip() in page
+    with open(tmp_path / "out" / "results.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6 * 3
+    assert [row["dice"] for row in rows if row["class"] == "mean"][:2] == ["0.6", "0.61"]
+    assert {row["labeled_cases"] for row in rows} == {"1", "3", "4"}
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not (dataset / "splits_final.json").exists()
+
+
+def test_nothing_done_makes_an_empty_report(dataset, write, tmp_path):
+    assert main(write(), "--report") == 0
+    assert "0 of 2 runs are done" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_solid_is_the_network_that_labels(dataset, write):
+    from matplotlib.figure import Figure
+
+    runs = benchmark.Benchmark(write(), "cpu").runs
+    make_results(runs)
+    for run, styles in zip(runs, (["-"], ["-", "--"])):
+        axes = Figure().add_subplot()
+        benchmark.draw_quality(axes, [run], {"color": "red", "label": run.method})
+        assert [line.get_linestyle() for line in axes.lines] == styles
+        np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 0.1], [2, 0.2]])
+        assert axes.get_legend_handles_labels()[1] == [run.method]
+
+
+def test_environment_of_a_cpu_training_can_be_set(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import os; print('compile', os.environ.get('nnUNet_compile'))"]
+    monkeypatch.delenv("nnUNet_compile")
+    for device, set_by_user in (("cpu", None), ("cpu", "t"), ("cuda", None)):
+        if set_by_user:
+            monkeypatch.setitem(os.environ, "nnUNet_compile", set_by_user)
+        else:
+            os.environ.pop("nnUNet_compile", None)
+        benchmark.Child(command, tmp_path / "log", tmp_path / "lock", device).wait(float("inf"))
+    assert (tmp_path / "log").read_text().split("\n")[:3] == ["compile f", "compile t", "compile None"]

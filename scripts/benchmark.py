@@ -155,8 +155,7 @@ def make_folds(
         budgets: {name: labeled cases}; or numbers of labeled cases, drawn so that a smaller budget is part of a larger.
         split_seed: Seed of that draw.
         all_labels: Whether a last fold has every training case labeled.
-        has_more_unlabeled: Whether there are unlabeled cases beside ``cases``. If not, the last fold hides one case,
-            one of no budget if possible, because trainers of this package refuse to start without any.
+        has_more_unlabeled: Whether there are unlabeled cases beside ``cases``.
 
     Raises:
         ValueError: naming the case or budget, if a case is unknown, given twice or in a budget and in validation, or a
@@ -193,11 +192,7 @@ def make_folds(
             raise ValueError(f"'{name}' leaves no case unlabeled. Remove it: all_labels covers that end")
         folds[name] = {"train": sorted(labeled), "val": sorted(validation), "unlabeled": hidden}
     if all_labels:
-        in_budgets = set().union(*budgets.values())
-        # Sorted by whether they are in a budget, then by name.
-        hidden = [] if has_more_unlabeled else [min(train, key=lambda case: (case in in_budgets, case))]
-        labeled = [case for case in train if case not in hidden]
-        folds[ALL] = {"train": labeled, "val": sorted(validation), "unlabeled": hidden}
+        folds[ALL] = {"train": train, "val": sorted(validation), "unlabeled": []}
     return folds
 
 
@@ -788,7 +783,7 @@ PAGE = """\
 {overview}
 Mean Dice over the foreground classes of {validation} whole validation cases (nnU-Net's own validation: final
 checkpoint, sliding window, mirroring); {seeds}. vanilla is nnU-Net's own training. {state}
-{note}
+
 ![Dice against the number of labeled cases](label_efficiency.png)
 
 ## Runs
@@ -813,10 +808,6 @@ The runs, on the folds in `splits_final.json` beside this file:
 ```
 {commands}
 ```
-"""
-NOTE = """
-In the column "all labels" one training case ({case}) is left out: the trainer needs an unlabeled case, and the dataset
-has none in imagesUn.
 """
 
 
@@ -872,14 +863,13 @@ def results_page(benchmark: Benchmark, methods: list[str], dice: dict[Run, dict[
         [method, *(_cell([run.mean for run in benchmark.finished(method, budget)], len(s.seeds)) for budget in folds)]
         for method in methods
     ]
-    # A class can be missing in the validation cases of none but all runs: they are the same.
+    # All runs have the same validation cases, and so the same classes.
     classes = list(next(iter(dice.values()), {}))
     runs = []
     for run, values in dice.items():
         costs = ["–" if cost is None else f"{cost:.2f}" for cost in (run.record.get("training_minutes"), run.peak_gib)]
         numbers = [f"{value:.3f}" for value in (*(values[name] for name in classes), run.mean)]
         runs.append([run.method, run.budget, str(run.seed), *numbers, *costs])
-    hidden = folds[ALL]["unlabeled"] if ALL in folds else []
     return PAGE.format(
         title=f"{benchmark.dataset.name}, {s.configuration}",
         overview=_table(
@@ -888,7 +878,6 @@ def results_page(benchmark: Benchmark, methods: list[str], dice: dict[Run, dict[
         validation=len(next(iter(folds.values()))["val"]),
         seeds=f"{len(s.seeds)} seeds ± their standard deviation" if len(s.seeds) > 1 else "one seed",
         state=f"{len(dice)} of {len(benchmark.runs)} runs are done.",
-        note=NOTE.format(case=hidden[0]) if hidden else "",
         runs=_table(["method", "budget", "seed", *classes, "mean Dice", "training, min", "peak memory, GiB"], runs),
         memory="of the GPU" if benchmark.profile == "gpu" else "resident, of the training process",
         command=f"python scripts/benchmark.py {benchmark.file.name} --profile {benchmark.profile}",

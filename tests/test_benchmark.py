@@ -2,11 +2,11 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,10 +90,10 @@ def test_a_fold_holds_every_case_once(budgets):
         assert fold["val"] == ["case_0", "case_1"]
 
 
-def test_all_labels_hides_one_case_of_no_budget_only_where_there_are_no_others():
-    hidden = folds({"a": ["case_2"], "b": ["case_3"]})["all labels"]["unlabeled"]
-    assert hidden == ["case_4"]
-    assert folds([2], more=True)["all labels"]["unlabeled"] == []
+def test_all_labels_hides_nothing():
+    for more in (True, False):
+        fold = folds({"a": ["case_2"], "b": ["case_3"]}, more=more)["all labels"]
+        assert fold["unlabeled"] == [] and fold["train"] == CASES[2:]
 
 
 @pytest.mark.parametrize(
@@ -279,6 +279,16 @@ def test_a_stopped_command_leaves_no_process(tmp_path):
         benchmark.Child(["sleep", "600"], tmp_path / "log", tmp_path / "lock", "cpu").wait(time.monotonic())
 
 
+@pytest.mark.parametrize("device, chosen, expected", [("cpu", None, "f"), ("cpu", "t", "t"), ("cuda", None, None)])
+def test_a_cpu_training_is_not_compiled_unless_wanted(device, chosen, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("nnUNet_compile")
+    if chosen:
+        monkeypatch.setenv("nnUNet_compile", chosen)
+    command = [sys.executable, "-c", "import os; print(os.environ.get('nnUNet_compile'))"]
+    benchmark.Child(command, tmp_path / "log", tmp_path / "lock", device).wait(float("inf"))
+    assert (tmp_path / "log").read_text().strip() == str(expected)
+
+
 @pytest.mark.parametrize("epochs, kept", [(25, [3, 5, 8, 10, 13, 15, 18, 20, 23]), (4, [1, 2, 3])])
 def test_snapshots_are_evenly_spaced_and_outlive_the_checkpoint(epochs, kept, tmp_path):
     snapshots = benchmark.Snapshots(tmp_path, epochs)
@@ -302,7 +312,7 @@ def test_every_network_that_segments_is_scored(make_trainer, work):
     trainer = make_trainer("nnUNetTrainerCPS_second_network=resenc")
     trainer.initialize()
     trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
-    model = benchmark.Path(trainer.output_folder)
+    model = Path(trainer.output_folder)
     for name, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
         (model.parent / f"{name}.json").write_text(json.dumps(content))
     preprocessed = work / "preprocessed" / "Dataset801_labels"
@@ -384,7 +394,7 @@ def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
     assert f"| {BCP} | 0.610 (1 of 2 seeds) | 0.630 (1 of 2 seeds) | – |" in page
     assert "| vanilla | one | 1 | 0.650 | 0.550 | 0.600 | 4.00 | 2.50 |" in page
     assert f"| {BCP} | one | 1 | 0.660 | 0.560 | 0.610 | 4.00 | 0.75 |" in page
-    assert "6 of 10 runs are done" in page and "(lab_03) is left out" in page and file.read_text().strip() in page
+    assert "6 of 10 runs are done" in page and file.read_text().strip() in page
     with open(tmp_path / "out" / "results.csv") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 6 * 3
@@ -410,15 +420,3 @@ def test_solid_is_the_network_that_labels(dataset, write):
         assert [line.get_linestyle() for line in axes.lines] == styles
         np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 0.1], [2, 0.2]])
         assert axes.get_legend_handles_labels()[1] == [run.method]
-
-
-def test_environment_of_a_cpu_training_can_be_set(tmp_path, monkeypatch):
-    command = [sys.executable, "-c", "import os; print('compile', os.environ.get('nnUNet_compile'))"]
-    monkeypatch.delenv("nnUNet_compile")
-    for device, set_by_user in (("cpu", None), ("cpu", "t"), ("cuda", None)):
-        if set_by_user:
-            monkeypatch.setitem(os.environ, "nnUNet_compile", set_by_user)
-        else:
-            os.environ.pop("nnUNet_compile", None)
-        benchmark.Child(command, tmp_path / "log", tmp_path / "lock", device).wait(float("inf"))
-    assert (tmp_path / "log").read_text().split("\n")[:3] == ["compile f", "compile t", "compile None"]

@@ -718,3 +718,18 @@ def test_copy_paste_of_a_single_sample(started, monkeypatch, method):
     one = {"data": batch["data"][:1], "target": [t[:1] for t in batch["target"]], "keys": batch["keys"][:1]}
     trainer.train_step(one)
     assert trainer._non_finite_total == 0 and "pseudo" in trainer._epoch_sums
+
+
+@pytest.mark.parametrize("favored", ["url", "crl"])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("share", ["all", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_all_uncertain_and_all_certain_are_finite(favored, normalized, share, alpha):
+    logits = torch.randn(2, 3, 5, 5, requires_grad=True)
+    uncertain = torch.full((2, 1, 5, 5), share == "all")
+    loss = RegionLoss(WeightedSegmentationLoss(adapter(3), True), alpha, normalized)
+    value = loss(logits, torch.zeros(2, 1, 5, 5, dtype=torch.long), uncertain, favored, torch.ones_like(uncertain))
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert torch.isfinite(value) and torch.isfinite(gradient).all()
+    favors_all = (favored == "url") == (share == "all")
+    assert bool(gradient.any()) == (favors_all or alpha > 0)

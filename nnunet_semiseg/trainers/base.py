@@ -151,6 +151,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         return {}
 
+    def needs_unlabeled(self) -> bool:
+        """Whether any step of the run can have an unsupervised loss; if not, a dataset needs no unlabeled cases."""
+        return True
+
     def uses_unlabeled(self) -> bool:
         """Whether this step has an unsupervised loss; a function of ``self.progress``, the same on all ranks."""
         return False
@@ -366,19 +370,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_start(self):
         if not self.was_initialized:
             self.initialize()
-        dataset = self.unlabeled_dataset()
+        dataset = self.unlabeled_dataset() if self.needs_unlabeled() else None
         self._check_labeled_classes()
         self._publish_foreground_locations()
         super().on_train_start()
         resumed, self._resumed_random_state = self._resumed_random_state, None
         if resumed is not None:
             self.random_stream.set_state(resumed["unlabeled"])
-        self.dataloader_unlabeled = self._unlabeled_loader(dataset)
+        loaders = [self.dataloader_train, self.dataloader_val]
+        if dataset is not None:
+            self.dataloader_unlabeled = self._unlabeled_loader(dataset)
+            loaders.append(self.dataloader_unlabeled)
         if self.options.seed >= 0:
-            for loader in (self.dataloader_train, self.dataloader_val, self.dataloader_unlabeled):
+            for loader in loaders:
                 fix_transform_arithmetic(_source(loader).transforms)
-        # As nnU-Net does for its own: the processes start, and a file that cannot be read is noticed, before training.
-        self.draw_unlabeled()
+        if dataset is not None:
+            # As nnU-Net does for its own: the processes start, and a file that cannot be read is noticed, now.
+            self.draw_unlabeled()
         if resumed is not None:
             set_global_state(resumed["global"])
             self.random_stream.set_state(resumed["unlabeled"])
@@ -557,6 +565,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
         values = {name: float(np.mean(v)) for name, v in self._epoch_sums.items()}
         values["non_finite_steps"] = float(self._non_finite_total)
+        if self.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._log(values)
 
     def on_validation_epoch_start(self):

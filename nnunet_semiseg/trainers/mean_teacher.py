@@ -50,9 +50,16 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     def predicting(self):
         return self.options.predict_with
 
+    @property
+    def largest_weight(self) -> float:
+        return self.options.consistency_weight
+
     def unsupervised_weight(self) -> float:
         """w(t)."""
-        return self.options.consistency_weight * self.ramp()
+        return self.largest_weight * self.ramp()
+
+    def needs_unlabeled(self):
+        return self.largest_weight > 0
 
     def uses_unlabeled(self):
         return self.unsupervised_weight() > 0

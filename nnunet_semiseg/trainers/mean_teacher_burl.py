@@ -50,8 +50,9 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, nnUNetTrainerMeanTeacher):
         self.build_region_loss()
         return super().build_companions()
 
-    def unsupervised_weight(self):
-        return self.options.pseudo_weight * self.ramp()
+    @property
+    def largest_weight(self):
+        return self.options.pseudo_weight
 
     def supervised_loss(self, data, target):
         if self.options.labeled_regions == NONE:

@@ -18,7 +18,7 @@ def plot_panel(logged: dict[str, list[float]], file: Path) -> None:
     weights = [name for name in logged if name.endswith("_weight")]
     terms = ["supervised", *(name[: -len("_weight")] for name in weights)]
     dice = [name for name in logged if name.endswith("_val_dice")]
-    rest = [name for name in logged if name not in (*weights, *terms, *dice, "non_finite_steps")]
+    rest = [name for name in logged if name not in (*weights, *terms, *dice, "non_finite_steps", "peak_memory_gib")]
     panels = [
         ("loss term (unweighted)", terms),
         ("weight", weights),

@@ -19,7 +19,7 @@ class FeatureHead(nn.Sequential):
         encoder = unet.encoder
         features = encoder.output_channels[0]
         # A quarter of the features: two heads of full width would add half of the U-Net's own cost.
-        width = max(4, features // 4)
+        width = max(8, features // 4)
         block = dict(
             conv_op=encoder.conv_op,
             output_channels=width,

@@ -11,7 +11,7 @@ import torch
 from conftest import SHORT, flat, from_start, short, train_steps
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_semiseg import checkpoints
+from nnunet_semiseg import checkpoints, cli
 from nnunet_semiseg.data.randomness import seed_everything
 from nnunet_semiseg.data.views import fix_transform_arithmetic
 from nnunet_semiseg.networks.ema import unwrap
@@ -432,6 +432,28 @@ def test_residual_encoder_plans(started, make_trainer, prepared, work):
         trainer = started(short("nnUNetTrainerCoraNet"))
         assert type(unwrap(trainer.network)).__name__ == "ResidualEncoderUNet"
         train_steps(trainer, 2)
+    finally:
+        file.write_text(original)
+
+
+def test_3d_lowres_trains(started, prepared, work):
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+
+    dataset = prepared("labels")
+    file = work / "preprocessed" / dataset / "nnUNetPlans_cpu.json"
+    original = file.read_text()
+    plans = json.loads(original)
+    low = {**plans["configurations"]["3d_fullres"], "data_identifier": "nnUNetPlans_cpu_3d_lowres"}
+    plans["configurations"]["3d_lowres"] = {**low, "spacing": [1.5, 1.5, 1.5], "patch_size": [8, 16, 16]}
+    file.write_text(json.dumps(plans))
+    try:
+        preprocess_dataset(801, "nnUNetPlans_cpu", ("3d_lowres",), (1,), show_progress_bar=False)
+        assert cli.main(["preprocess", "-d", "801", "-p", "nnUNetPlans_cpu", "-c", "3d_lowres", "-np", "1"]) == 0
+        trainer = started(short("nnUNetTrainerMeanTeacher"), "labels", "3d_lowres")
+        shape = trainer.dataloader_unlabeled.data_loader._data.load_case("unl_00")[0].shape
+        assert shape == (1, 11, 17, 16)
+        train_steps(trainer, 2)
+        assert "consistency" in trainer._epoch_sums
     finally:
         file.write_text(original)
 

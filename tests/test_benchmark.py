@@ -182,7 +182,7 @@ def test_results_on_other_cases_are_refused(dataset, write, work, capsys):
 def test_dry_run_writes_nothing(dataset, write, work, capsys):
     assert main(write(trainers=["BCP"], all_labels=True), "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "Fold 1, all labels: 4 train, 1 val, 1 unlabeled" in printed
+    assert "Fold 1, all labels: 5 train, 1 val, 0 unlabeled" in printed
     assert "[1/2] BCP, 2 cases, seed 1: to do" in printed
     schedule = "_2epochs_num_iterations_per_epoch=2_num_val_iterations_per_epoch=1_save_every=1_seed=1"
     vanilla = f"nnUNetTrainerMeanTeacher_consistency_weight=0{schedule}"
@@ -388,7 +388,7 @@ def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
     make_results(bench.runs[:6])
     assert main(file, "--report") == 0
     page = (tmp_path / "out" / "results.md").read_text()
-    assert "| method | one (1 labeled) | three (3 labeled) | all labels (4 labeled) |" in page
+    assert "| method | one (1 labeled) | three (3 labeled) | all labels (5 labeled) |" in page
     deviation = np.std([0.6, 0.75], ddof=1)
     assert f"| vanilla | 0.675 ± {deviation:.3f} | 0.620 (1 of 2 seeds) | 0.640 (1 of 2 seeds) |" in page
     assert f"| {BCP} | 0.610 (1 of 2 seeds) | 0.630 (1 of 2 seeds) | – |" in page

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_frame import short
+from conftest import short
 
 WORKER = """
 import functools, sys
@@ -41,9 +41,17 @@ torch.save({
 dist.destroy_process_group()
 """
 
+# One of each kind: a teacher, heads and a pool, pasted images, a second network and decisions taken together.
+DISTRIBUTED = {
+    "nnUNetTrainerMeanTeacher": "consistency",
+    "nnUNetTrainerCoraNet": "consistency",
+    "nnUNetTrainerBCPBURL": "pseudo",
+    "nnUNetTrainerDualStream": "pseudo_second",
+}
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerMeanTeacher", "nnUNetTrainerCoraNet"])
-def test_two_ranks_stay_equal(prepared, tmp_path, name):
+
+@pytest.mark.parametrize("name, term", DISTRIBUTED.items())
+def test_two_ranks_stay_equal(prepared, tmp_path, name, term):
     dataset = prepared("labels")
     trainer = short(name)
     environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(29600 + len(name)), "WORLD_SIZE": "2"}
@@ -69,6 +77,6 @@ def test_two_ranks_stay_equal(prepared, tmp_path, name):
             assert torch.equal(value, two["companions"][key]), key
     assert one["batches"] != two["batches"]
     assert one["batch_size"] + two["batch_size"] >= 2
-    assert one["log"]["consistency"] == two["log"]["consistency"]
+    assert one["log"][term] == two["log"][term]
     folder = Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__nnUNetPlans_cpu__2d" / "fold_0"
     assert (folder / "checkpoint_final.pth").is_file()

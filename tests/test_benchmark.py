@@ -399,7 +399,7 @@ def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
         rows = list(csv.DictReader(stream))
     assert len(rows) == 6 * 3
     assert [row["dice"] for row in rows if row["class"] == "mean"][:2] == ["0.6", "0.61"]
-    assert {row["labeled_cases"] for row in rows} == {"1", "3", "4"}
+    assert {row["labeled_cases"] for row in rows} == {"1", "3", "5"}
     assert not list((tmp_path / "out").glob("*.tmp"))
     assert not (dataset / "splits_final.json").exists()
 

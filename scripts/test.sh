@@ -9,4 +9,4 @@ if [[ ! -x $env/bin/pytest || ! -x $env/bin/nnunet_semiseg ]]; then
 fi
 cd "$root"
 # No network from here on.
-PATH=$env/bin:$PATH "$env/bin/python" -m pytest "$@"
+PATH=$env/bin:$PATH "$env/bin/python" -m pytest -n auto --maxprocesses 4 "$@"

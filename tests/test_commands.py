@@ -17,7 +17,7 @@ from conftest import REPOSITORY, SHORT, make_case, write_image
 
 from nnunet_semiseg import checkpoints, cli
 from nnunet_semiseg.trainers.options import described
-from nnunet_semiseg.trainers.registry import TRAINERS, trainer_classes
+from nnunet_semiseg.trainers.registry import trainer_classes
 
 
 def test_docs_of_the_trainers_are_current(capsys):

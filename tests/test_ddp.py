@@ -1,6 +1,7 @@
 """Two processes on the CPU: the same weights on both ranks, learned from different patches."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,11 +51,17 @@ DISTRIBUTED = {
 }
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
 @pytest.mark.parametrize("name, term", DISTRIBUTED.items())
 def test_two_ranks_stay_equal(prepared, tmp_path, name, term):
     dataset = prepared("labels")
     trainer = short(name)
-    environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(29600 + len(name)), "WORLD_SIZE": "2"}
+    environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, dataset, trainer, str(tmp_path)],

@@ -608,7 +608,7 @@ def test_contrast_without_two_prototypes_is_zero_with_a_graph(present):
     value = prototype_contrast(vectors, torch.zeros(4, dtype=torch.long), means, torch.tensor(present))
     assert value.item() == 0 and value.requires_grad
     nothing = torch.zeros(0, dtype=torch.long)
-    assert float(prototype_contrast(vectors[:0], nothing, means, torch.ones(3, dtype=torch.bool))) == 0
+    assert prototype_contrast(vectors[:0], nothing, means, torch.ones(3, dtype=torch.bool)).item() == 0
 
 
 def test_vectors_of_an_absent_class_do_not_count():

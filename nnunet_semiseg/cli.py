@@ -12,25 +12,31 @@ from nnunet_semiseg import __version__
 # process's exit code.
 COMMANDS = {
     "preprocess": "preprocess the unlabeled cases (imagesUn) with the plans of the labeled ones",
+    "convert": "turn a public download, or folders of images and labels, into an nnU-Net dataset",
     "split": "write splits_final.json with a few labeled cases and the rest hidden",
     "plan_cpu": "make small plans (nnUNetPlans_cpu) that train on a CPU",
     "trainers": "list the trainers and their options",
     "doctor": "check the installation and, with -d, a dataset",
+    "evaluate": "compare predictions with ground truth: overlap and surface distances for each case and class",
+    "compare": "test whether models differ, by their evaluations on the same cases",
     "export": "turn a trained model into a plain nnU-Net model folder",
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a sub-command; returns the exit code: 0, or 1 after an error, which is printed in one line."""
-    parser = argparse.ArgumentParser(prog="nnunet_semiseg", description="Semi-supervised segmentation on nnU-Net v2.")
+def run_command(prog: str, description: str, package: str, commands: dict[str, str], arguments: list[str]) -> int:
+    """Run a sub-command, which is a module of ``package``.
+
+    Returns:
+        The exit code: the sub-command's own, or 1 after an error, which is printed in one line.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    for name, meaning in COMMANDS.items():
+    for name, meaning in commands.items():
         subparser = subparsers.add_parser(name, help=meaning, description=meaning[0].upper() + meaning[1:] + ".")
         # Only the sub-command that runs is imported: the others' imports would take seconds.
         if name in arguments[:1]:
-            module = importlib.import_module(f"nnunet_semiseg.commands.{name}")
+            module = importlib.import_module(f"{package}.{name}")
             module.add_arguments(subparser)
     parsed = parser.parse_args(arguments)
     try:
@@ -38,6 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return run_command(
+        "nnunet_semiseg",
+        "Semi-supervised segmentation on nnU-Net v2.",
+        "nnunet_semiseg.commands",
+        COMMANDS,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

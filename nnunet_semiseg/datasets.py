@@ -165,7 +165,7 @@ def read_images(files: list[Path], plans: PlansManager, num_channels: int) -> tu
     printed = io.StringIO()
     try:
         for file in files:
-            _check_nifti(file)
+            check_nifti(file)
         with redirect_stdout(printed):
             data, properties = plans.image_reader_writer_class().read_images([str(f) for f in files])
     except CaseError:
@@ -189,7 +189,7 @@ def _check_finite(voxels: np.ndarray, file: Path) -> None:
         raise CaseError(f"{file} has {bad} voxels that are NaN or infinite. Replace them (by 0, say), or remove it")
 
 
-def _check_nifti(file: Path) -> None:
+def check_nifti(file: Path) -> None:
     """Read a NIfTI file with nibabel, which complains where SimpleITK does not.
 
     SimpleITK turns NaN into 0 and fills the missing part of a truncated file with anything, without a word.

@@ -47,6 +47,15 @@ class LabelAdapter:
             return torch.maximum(probabilities, 1 - probabilities).amin(1, keepdim=True)
         return probabilities.amax(1, keepdim=True)
 
+    def foreground_channels(self, outputs: torch.Tensor) -> torch.Tensor:
+        """(B, C, *) logits or probabilities to those of the K foreground classes or regions."""
+        return outputs[:, -self.num_foreground :]
+
+    @staticmethod
+    def differ(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """(B, 1, *) bool: where two hard predictions are not the same."""
+        return (first != second).any(1, keepdim=True)
+
     def one_vs_rest(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A full-resolution target or hard prediction as K binary problems.
 

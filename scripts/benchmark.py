@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -36,6 +35,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import Dataset, dataset_name
+from nnunet_semiseg.files import whole, write_csv, write_json, write_text
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.networks.second import second_plans
 from nnunet_semiseg.trainers.options import OptionError
@@ -196,21 +196,7 @@ def make_folds(
     return folds
 
 
-# ------------------------------------------------------------------------------------------------- files, written whole
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
-
-
-def csv_text(header: list[str], rows) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue()
+# ------------------------------------------------------------------------------------------------- what a run remembers
 
 
 def read_json(file: Path) -> dict | None:
@@ -223,7 +209,7 @@ def read_json(file: Path) -> dict | None:
 def update_record(fold: Path, **values) -> dict:
     """Change what the benchmark remembers of a run, in a file beside run.log."""
     record = {**(read_json(fold / RECORD) or {}), **values}
-    write_text(fold / RECORD, json.dumps(record, indent=1))
+    write_json(fold / RECORD, record)
     return record
 
 
@@ -756,7 +742,7 @@ def score(fold: Path, benchmark: Benchmark) -> None:
             if epoch not in {row[0] for row in rows}:
                 for name, weights, plans in scorer.networks(checkpoints.read(file)):
                     rows += [(epoch, name, *pair) for pair in scorer.dice(weights, plans).items()]
-                write_text(fold / QUALITY, csv_text(["epoch", "network", "class", "dice"], rows))
+                write_csv(fold / QUALITY, ["epoch", "network", "class", "dice"], rows)
             if file != final:
                 file.unlink()
     shutil.rmtree(fold / SNAPSHOTS, ignore_errors=True)
@@ -843,8 +829,8 @@ def report(benchmark: Benchmark) -> None:
         costs = [run.record.get("training_minutes", ""), "" if run.peak_gib is None else run.peak_gib]
         rows += [[*start, name, value, *costs] for name, value in {**dice[run], "mean": run.mean}.items()]
     header = ["method", "trainer", "budget", "labeled_cases", "fold", "seed", "class", "dice", "training_minutes"]
-    write_text(output / "results.csv", csv_text([*header, "peak_memory_gib"], rows))
-    write_text(output / "splits_final.json", json.dumps(list(folds.values()), indent=4))
+    write_csv(output / "results.csv", [*header, "peak_memory_gib"], rows)
+    write_json(output / "splits_final.json", list(folds.values()))
 
     import matplotlib
 
@@ -967,9 +953,8 @@ def _save(figure, file: Path) -> None:
         entries |= dict(zip(*axes.get_legend_handles_labels()[::-1]))
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside right upper")
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, file)
+    with whole(file) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -15,7 +15,7 @@ from test_losses import SHAPES, adapter, voxels
 from nnunet_semiseg.data.components import keep_largest_components
 from nnunet_semiseg.losses.consistency import clamped_noise
 from nnunet_semiseg.losses.distance import cross_task_error, distance_error, mask_of_distance
-from nnunet_semiseg.losses.mixing import halves, random_cuboid
+from nnunet_semiseg.losses.mixing import random_cuboid
 from nnunet_semiseg.losses.prototypes import (
     PrototypeMemory,
     class_means,
@@ -259,7 +259,8 @@ def test_uamt_loss_literally(started, monkeypatch, kind, option):
     student = torch.randn(2, channels, *shape)
     answers = iter(passes)
     monkeypatch.setattr(trainer, "teacher_network", lambda x: next(answers))
-    monkeypatch.setattr(trainer, "logits", lambda network, x: student)
+    teacher = trainer.teacher_network
+    monkeypatch.setattr(trainer, "logits", lambda network, x: network(x) if network is teacher else student)
 
     def probabilities(logits):
         return [1 / (1 + math.exp(-x)) for x in logits] if kind == "regions" else softmax(logits)
@@ -331,12 +332,6 @@ def test_cuboids_reach_every_corner():
     assert masks.any(0).all()
 
 
-def test_halves_of_batches():
-    for size, expected in [(1, ([0], [0])), (2, ([0], [1])), (3, ([0, 1], [1, 2])), (4, ([0, 1], [2, 3]))]:
-        samples = list(range(size))
-        assert tuple(samples[half] for half in halves(size)) == expected
-
-
 @pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
 def test_copy_paste_literally(started, monkeypatch, kind):
     """Every voxel of the mixed images, labels and regions, from where it should come."""
@@ -350,33 +345,34 @@ def test_copy_paste_literally(started, monkeypatch, kind):
     pseudo, _ = trainer.pseudo_labels(unlabeled.weak)
     inside = trainer.cuboid(data)
     monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
-    seen = {}
+    seen = []
     original = trainer.network.forward
-    monkeypatch.setattr(trainer.network, "forward", lambda x: seen.setdefault("image", x) is None or original(x))
-    monkeypatch.setattr(trainer, "labeled_loss", lambda o, h, v: seen.update(hard=h, labeled=v) or o[0].sum())
-    monkeypatch.setattr(trainer, "pseudo_loss", lambda o, h, v, e: seen.update(pseudo=v) or o[0].sum())
-    (terms,) = trainer.losses(data, batch["target"])
-    assert set(terms) == {"supervised", "pseudo"}
-    assert len(seen["image"]) == n
-    half = n // 2
-    for i in range(n):
-        # First half: labeled outside, unlabeled inside of the cuboid; second half the other way round.
-        for v in list(voxels(data.shape[2:]))[::7]:
-            in_box = bool(inside[0, 0][v])
-            is_labeled = in_box if i >= half else not in_box
-            source = data if is_labeled else unlabeled.strong
-            assert at(seen["image"], i, v) == at(source, i, v)
-            ignored = False
-            if is_labeled:
-                label = at(target, i, v)
-                ignored = label[-1] == 1 if kind == "regions_ignore" else label == [3.0]
-                label = label[:2] if kind == "regions_ignore" else label
-            else:
-                label = at(pseudo, i, v)
-            if not ignored:
-                assert at(seen["hard"], i, v) == label
-            assert bool(seen["labeled"][i, 0][v]) == (is_labeled and not ignored)
-            assert bool(seen["pseudo"][i, 0][v]) == (not is_labeled)
+    monkeypatch.setattr(trainer.network, "forward", lambda x: seen.append({"image": x}) or original(x))
+    monkeypatch.setattr(trainer, "labeled_loss", lambda o, h, v: seen[-1].update(hard=h, labeled=v) or o[0].sum())
+    monkeypatch.setattr(trainer, "pseudo_loss", lambda o, h, v, e: seen[-1].update(pseudo=v) or o[0].sum())
+    terms = list(trainer.losses(data, batch["target"]))
+    assert [set(group) for group in terms] == [{"supervised_out", "pseudo_out"}, {"supervised_in", "pseudo_in"}]
+    for direction, group in enumerate(seen):
+        assert len(group["image"]) == n
+        for i in range(n):
+            # First labeled outside, unlabeled inside of the cuboid; then the other way round, with another partner.
+            partner = (i - direction) % n
+            for v in list(voxels(data.shape[2:]))[::7]:
+                in_box = bool(inside[0, 0][v])
+                is_labeled = in_box if direction else not in_box
+                expected = at(data, i, v) if is_labeled else at(unlabeled.strong, partner, v)
+                assert at(group["image"], i, v) == expected
+                ignored = False
+                if is_labeled:
+                    label = at(target, i, v)
+                    ignored = label[-1] == 1 if kind == "regions_ignore" else label == [3.0]
+                    label = label[:2] if kind == "regions_ignore" else label
+                else:
+                    label = at(pseudo, partner, v)
+                if not ignored:
+                    assert at(group["hard"], i, v) == label
+                assert bool(group["labeled"][i, 0][v]) == (is_labeled and not ignored)
+                assert bool(group["pseudo"][i, 0][v]) == (not is_labeled)
 
 
 def test_pretraining_mixes_labeled_patches(started, monkeypatch):
@@ -717,7 +713,7 @@ def test_copy_paste_of_a_single_sample(started, monkeypatch, method):
     monkeypatch.setattr(trainer, "next_unlabeled", lambda: Unlabeled(*(x[:1] for x in original())))
     one = {"data": batch["data"][:1], "target": [t[:1] for t in batch["target"]], "keys": batch["keys"][:1]}
     trainer.train_step(one)
-    assert trainer._non_finite_total == 0 and "pseudo" in trainer._epoch_sums
+    assert trainer._non_finite_total == 0 and "pseudo_in" in trainer._epoch_sums
 
 
 @pytest.mark.parametrize("favored", ["url", "crl"])

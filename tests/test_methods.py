@@ -18,6 +18,7 @@ STUDENT, SECOND, BOTH = {"student"}, {"second"}, {"student", "second"}
 # Term -> the networks that it trains. Supervised terms are of the student unless they say otherwise.
 CONSISTENCY = {"supervised": STUDENT, "consistency": STUDENT}
 PSEUDO = {"supervised": STUDENT, "pseudo": STUDENT}
+COPY_PASTE = dict.fromkeys(("supervised_out", "pseudo_out", "supervised_in", "pseudo_in"), STUDENT)
 DISTANCE = {"student", "distance_head"}
 TERMS = {
     "MeanTeacher": CONSISTENCY,
@@ -31,8 +32,8 @@ TERMS = {
         "certain": STUDENT,
     },
     "MeanTeacherBURL": PSEUDO,
-    "BCP": PSEUDO,
-    "BCPBURL": PSEUDO,
+    "BCP": COPY_PASTE,
+    "BCPBURL": COPY_PASTE,
     "CPS": {"supervised": STUDENT, "supervised_second": SECOND, "cross_first": STUDENT, "cross_second": SECOND},
     "DTML": {
         "supervised": STUDENT,

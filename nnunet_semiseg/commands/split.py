@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from datetime import datetime
 
 from nnunet_semiseg.data.splits import make_splits
 from nnunet_semiseg.datasets import Dataset, dataset_name
+from nnunet_semiseg.files import write_json
 
 
 def add_arguments(parser):
@@ -40,10 +39,7 @@ def run(args) -> None:
         backup = file.with_name(f"splits_final.{datetime.now():%Y%m%d-%H%M%S-%f}.json")
         shutil.copy2(file, backup)
         print(f"The former splits are kept in {backup}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(splits, indent=4))
-    os.replace(temporary, file)
+    write_json(file, splits)
     for fold, split in enumerate(splits):
         labeled, hidden, validation = (len(split[key]) for key in ("train", "unlabeled", "val"))
         print(f"Fold {fold}: {labeled} labeled, {hidden} hidden, {validation} validation")

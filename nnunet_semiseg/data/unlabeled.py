@@ -13,6 +13,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_semiseg.files import whole
+
 # The key under which a preprocessed case remembers with what it was made.
 DIGEST_KEY = "semiseg_preprocessing"
 
@@ -104,9 +106,8 @@ class ForegroundLocations:
 
     def write(self, locations: dict) -> None:
         """Replace the file's content, in one step for its readers."""
-        temporary = self.file.with_suffix(".tmp.npz")
-        np.savez(temporary, **{f"{case}|{index}": v for case, by in locations.items() for index, v in by.items()})
-        os.replace(temporary, self.file)
+        with whole(self.file) as temporary:
+            np.savez(temporary, **{f"{case}|{index}": v for case, by in locations.items() for index, v in by.items()})
 
 
 class UnlabeledDataset(nnUNetBaseDataset):

@@ -23,9 +23,3 @@ def random_cuboid(shape, fraction: float, device=None) -> torch.Tensor:
         box.append(slice(start, start + length))
     mask[tuple(box)] = True
     return mask
-
-
-def halves(size: int) -> tuple[slice, slice]:
-    """Two halves of a batch; those of an odd number share its middle, those of 1 are the same sample."""
-    half = (size + 1) // 2
-    return slice(0, half), slice(size - half, size)

@@ -7,9 +7,7 @@ A method subclasses SemiSupervisedTrainer and states an ``Options`` dataclass, `
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
-import io
 import math
 import os
 from collections.abc import Iterator
@@ -41,6 +39,7 @@ from nnunet_semiseg.data.unlabeled import (
     store_folder,
 )
 from nnunet_semiseg.data.views import TwoViewTransform, fix_transform_arithmetic
+from nnunet_semiseg.files import write_csv
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmentationLoss
 from nnunet_semiseg.losses.ramps import ramp_up_between
@@ -245,8 +244,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def segmentation_loss(self, ce_weight: float = 1.0, dice_weight: float = 1.0) -> DeeplySupervised:
         """nnU-Net's loss with a weight for every voxel, at every resolution that nnU-Net supervises."""
-        loss = WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice, ce_weight, dice_weight)
+        return self.deeply_supervised(
+            WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice, ce_weight, dice_weight)
+        )
+
+    def deeply_supervised(self, loss) -> DeeplySupervised:
+        """A loss of (logits, hard, weight) at every resolution that nnU-Net supervises, with nnU-Net's weights."""
         return DeeplySupervised(loss, self.loss.weight_factors if self.enable_deep_supervision else (1.0,))
+
+    def student_input(self, unlabeled: Unlabeled) -> torch.Tensor:
+        """The view that the option ``student_view`` names."""
+        return unlabeled.strong if self.options.student_view == "strong" else unlabeled.weak
 
     def autocast(self):
         """nnU-Net's mixed precision: float16 on CUDA, nothing elsewhere."""
@@ -661,15 +669,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _write_csv(self) -> None:
         logged = self._logged()
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["epoch", *logged])
-        for epoch, row in enumerate(zip(*logged.values())):
-            writer.writerow([epoch, *("" if math.isnan(v) else f"{v:.6g}" for v in row)])
+        rows = [["" if math.isnan(v) else f"{v:.6g}" for v in row] for row in zip(*logged.values())]
         file = Path(self.output_folder) / "progress_semiseg.csv"
-        temporary = file.with_suffix(".csv.tmp")
-        temporary.write_text(text.getvalue())
-        os.replace(temporary, file)
+        write_csv(file, ["epoch", *logged], [[epoch, *row] for epoch, row in enumerate(rows)])
 
     # --------------------------------------------------------------------------------------- predicted foreground
 

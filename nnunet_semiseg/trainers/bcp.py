@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nnunet_semiseg.data.components import keep_largest_components
-from nnunet_semiseg.losses.mixing import halves, random_cuboid
+from nnunet_semiseg.losses.mixing import random_cuboid
 from nnunet_semiseg.networks.ema import EMATeacher
 from nnunet_semiseg.networks.features import full_resolution
 from nnunet_semiseg.trainers.base import Term
@@ -29,13 +29,12 @@ class BCPOptions(PretrainingOptions):
 class nnUNetTrainerBCP(TwoPhaseTrainer):
     """Bidirectional copy-paste: labeled and unlabeled patches are pasted into each other, with their labels.
 
-    M is 0 in a cuboid of 2/3 of every side at a random place, 1 outside; one for each step. X_a, X_b and U_a, U_b are
-    the halves of a labeled and an unlabeled batch.
+    M is 0 in a cuboid of 2/3 of every side at a random place, 1 outside; one for each step.
 
     * Phase 1: copy-paste between labeled patches, X_a * M + X_b * (1 - M), with nnU-Net's loss on the mixed labels.
-    * Phase 2: X_out = X_a * M + U_a * (1 - M) and X_in = U_b * M + X_b * (1 - M), together a plan-sized batch. The
-      loss is nnU-Net's on the voxels that come from labeled patches, plus ``pseudo_weight`` times the same on those
-      from unlabeled ones, each normalized by its own region, at every resolution of deep supervision.
+    * Phase 2: X_out = X_a * M + U_a * (1 - M) and X_in = U_b * M + X_b * (1 - M), a pass for each. The loss is the mean
+      of both, in each nnU-Net's loss on the voxels that come from labeled patches, plus ``pseudo_weight`` times the
+      same on those from unlabeled ones, each normalized by its own region, at every resolution of deep supervision.
     * Pseudo labels: argmax of a teacher on the weak view, largest component of each class. The teacher starts from the
       pretrained student and is its moving average with a constant decay.
 
@@ -43,7 +42,8 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
 
     * Patches are mixed after augmentation, at full resolution; the targets of deep supervision are made from the mixed
       one.
-    * An odd batch shares its middle sample among the halves, a batch of one is both halves.
+    * Both directions use the whole batch, where the paper's halves of a batch go one way each: a step then learns from
+      every labeled voxel once, as nnU-Net's does, whatever the batch size. X_a, X_b and U_a, U_b are different patches.
     * Phase 2 starts when every class is found in labeled patches (``min_recall``), so that pseudo labels do not teach
       that a class is absent.
     * ``largest_component`` is wrong for structures in several pieces (tumors, ribs): turn it off there.
@@ -68,14 +68,14 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
         """The loss on labeled voxels, those of the mask ``valid``."""
         return self.host_loss(outputs, hard, valid)
 
-    def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-        """The loss on pseudo-labeled voxels. ``entropy``: (B, 1, *) of the prediction that the labels come from."""
+    def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, labeling: torch.Tensor) -> torch.Tensor:
+        """The loss on pseudo-labeled voxels. ``labeling``: the (B, C, *) logits that the labels come from."""
         return self.host_loss(outputs, hard, valid)
 
     def losses(self, data, target):
         hard, valid = self.labels.without_ignored(full_resolution(target))
         if self.uses_unlabeled():
-            yield self.mixed_loss(data, hard, valid)
+            yield from self.mixed_losses(data, hard, valid)
         else:
             yield self.pretraining_loss(data, hard, valid)
 
@@ -98,34 +98,29 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
 
     @torch.no_grad()
     def pseudo_labels(self, weak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hard pseudo labels of the teacher, and the (B, 1, *) entropy of its prediction."""
+        """Hard pseudo labels of the teacher, and its (B, C, *) logits."""
         logits = self.logits(self.teacher_network, weak)
         hard = self.labels.hard(logits)
         if self.options.largest_component:
             hard = keep_largest_components(hard, self.labels)
-        return hard, self.labels.entropy(logits)
+        return hard, logits
 
-    def mixed_loss(self, data, hard, valid) -> dict[str, Term]:
-        """Phase 2: both mixed halves in one batch."""
+    def mixed_losses(self, data, hard, valid):
+        """Phase 2: X_out, then X_in."""
         unlabeled = self.next_unlabeled()
-        pseudo, entropy = self.pseudo_labels(unlabeled.weak)
-        image = unlabeled.strong if self.options.student_view == "strong" else unlabeled.weak
-        inside, (a, b) = self.cuboid(data), halves(len(data))
-
-        def mixed(labeled, unlabeled):
-            """X_out, where the cuboid is unlabeled, and X_in, where the rest is."""
-            out = torch.where(inside, unlabeled[a], labeled[a])
-            return torch.cat((out, torch.where(inside, labeled[b], unlabeled[b])))
-
-        real = mixed(torch.ones_like(valid), torch.zeros_like(valid))
-        with self.autocast():
-            outputs = self.student(mixed(data, image))
-        hard = mixed(hard, pseudo)
+        pseudo, labeling = self.pseudo_labels(unlabeled.weak)
         self.monitor("pseudo_foreground", self.labels.is_foreground(pseudo).float().mean())
-        return {
-            "supervised": Term(self.labeled_loss(outputs, hard, real & mixed(valid, valid))),
-            "pseudo": Term(
-                self.pseudo_loss(outputs, hard, ~real, mixed(entropy, entropy)),
-                self.options.pseudo_weight * self.ramp(),
-            ),
-        }
+        image, inside = self.student_input(unlabeled), self.cuboid(data)
+        weight = self.options.pseudo_weight * self.ramp()
+        for name, real in (("out", ~inside), ("in", inside)):
+            mixed = torch.where(real, data, image)
+            with self.autocast():
+                outputs = self.student(mixed)
+            mixed_hard = torch.where(real, hard, pseudo)
+            pasted = (~real).expand_as(valid)
+            yield {
+                f"supervised_{name}": Term(self.labeled_loss(outputs, mixed_hard, valid & real), 0.5),
+                f"pseudo_{name}": Term(self.pseudo_loss(outputs, mixed_hard, pasted, labeling), 0.5 * weight),
+            }
+            # X_b is not pasted into the patch that was pasted into it.
+            image, pseudo, labeling = (x.roll(1, 0) for x in (image, pseudo, labeling))

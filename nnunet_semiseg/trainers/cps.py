@@ -71,30 +71,23 @@ class nnUNetTrainerCPS(TwoNetworkTrainer):
 
     def losses(self, data, target):
         yield self.supervised_loss(data, target)
-        yield self.second_supervised_loss(data, target)
+        with self.autocast():
+            yield {"supervised_second": Term(self.loss(self.second(data), target))}
         if self.uses_unlabeled():
             yield from self.cross_losses(self.next_unlabeled())
 
     def cross_losses(self, unlabeled):
         """The two cross terms, a backward pass each."""
-        hard = {}
+        networks = (self.student, self.second)
         if self.options.student_view == "strong":
             with torch.no_grad():
-                for name, network in (("first", self.student), ("second", self.second)):
-                    hard[name] = self.labels.hard(self.logits(network, unlabeled.weak))
-            learn = {
-                "first": lambda: self.logits(self.student, unlabeled.strong),
-                "second": lambda: self.logits(self.second, unlabeled.strong),
-            }
+                hard = [self.labels.hard(self.logits(network, unlabeled.weak)) for network in networks]
+            # Lazily, so that one graph is in memory at a time.
+            learned = (self.logits(network, unlabeled.strong) for network in networks)
         else:
-            logits = {
-                "first": self.logits(self.student, unlabeled.weak),
-                "second": self.logits(self.second, unlabeled.weak),
-            }
-            hard = {name: self.labels.hard(value.detach()) for name, value in logits.items()}
-            learn = {name: lambda value=value: value for name, value in logits.items()}
-        everywhere = torch.ones_like(hard["first"][:, :1], dtype=torch.bool)
-        self.monitor("disagreement", (hard["first"] != hard["second"]).any(1).float().mean())
-        weight = self.pseudo_weight()
-        yield {"cross_first": Term(self.pseudo_loss(learn["first"](), hard["second"], everywhere), weight)}
-        yield {"cross_second": Term(self.pseudo_loss(learn["second"](), hard["first"], everywhere), weight)}
+            learned = [self.logits(network, unlabeled.weak) for network in networks]
+            hard = [self.labels.hard(logits.detach()) for logits in learned]
+        everywhere = torch.ones_like(hard[0][:, :1], dtype=torch.bool)
+        self.monitor("disagreement", self.labels.differ(*hard).float().mean())
+        for name, logits, labels in zip(("cross_first", "cross_second"), learned, reversed(hard)):
+            yield {name: Term(self.pseudo_loss(logits, labels, everywhere), self.pseudo_weight())}

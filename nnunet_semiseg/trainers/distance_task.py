@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from nnunet_semiseg.data.signed_distance import SignedDistanceTransform
+from nnunet_semiseg.losses.distance import cross_task_error, mask_of_distance
+from nnunet_semiseg.networks.features import full_resolution
 from nnunet_semiseg.trainers.base import RampOptions
 from nnunet_semiseg.trainers.options import option
 
@@ -51,6 +53,8 @@ class DistanceTask:
         *target, distance = target
         return (target if self.enable_deep_supervision else target[0]), distance
 
-    def foreground_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """(B, C, *) logits to the (B, K, *) probabilities of the foreground classes or regions."""
-        return self.labels.probabilities(logits)[:, -self.labels.num_foreground :]
+    def consistency(self, outputs, distances: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Cross-task error of a segmentation network's outputs and (B, K, *) distances over a (B, 1, *) bool mask."""
+        masks = mask_of_distance(distances, self.options.steepness)
+        probabilities = self.labels.probabilities(full_resolution(outputs))
+        return cross_task_error(masks, self.labels.foreground_channels(probabilities), valid)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nnunet_semiseg.losses.distance import cross_task_error, distance_error, mask_of_distance
+from nnunet_semiseg.losses.distance import distance_error
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
 from nnunet_semiseg.trainers.base import SemiSupervisedTrainer, Term
@@ -78,7 +78,3 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
             image = self.next_unlabeled().strong
             everywhere = torch.ones_like(image[:, :1], dtype=torch.bool)
             yield {"consistency": Term(self.consistency(*self.both_tasks(image), everywhere), weight)}
-
-    def consistency(self, outputs, distances, valid) -> torch.Tensor:
-        masks = mask_of_distance(distances, self.options.steepness)
-        return cross_task_error(masks, self.foreground_probabilities(full_resolution(outputs)), valid)

@@ -8,8 +8,7 @@ import torch
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
-from nnunet_semiseg.losses.distance import cross_task_error, distance_error, mask_of_distance
-from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised
+from nnunet_semiseg.losses.distance import distance_error, mask_of_distance
 from nnunet_semiseg.networks.features import check_is_unet, full_resolution
 from nnunet_semiseg.trainers.base import Term
 from nnunet_semiseg.trainers.distance_task import DistanceOptions, DistanceTask
@@ -84,13 +83,12 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
             smooth=1e-5,
             ddp=False,
         )
-        factors = self.loss.weight_factors if self.enable_deep_supervision else (1.0,)
-        self.mask_loss = DeeplySupervised(self._mask_loss, factors)
+        self.mask_loss = self.deeply_supervised(self._mask_loss)
         return {"second": second}
 
     def _mask_loss(self, logits, hard, valid):
         foreground, _ = self.labels.one_vs_rest(hard)
-        return self.mask_dice(logits[:, -self.labels.num_foreground :], foreground, loss_mask=valid)
+        return self.mask_dice(self.labels.foreground_channels(logits), foreground, loss_mask=valid)
 
     def predicting(self):
         return "second" if self.options.setting == "distance" else "student"
@@ -107,7 +105,7 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
 
     def distances(self, outputs) -> torch.Tensor:
         """z, (B, K, *) of M_d's outputs, at full resolution."""
-        return -full_resolution(outputs)[:, -self.labels.num_foreground :].float().tanh()
+        return -self.labels.foreground_channels(full_resolution(outputs)).float().tanh()
 
     def losses(self, data, target):
         o = self.options
@@ -130,16 +128,13 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
         if weight > 0:
             # The mean over labeled and unlabeled patches, of which there are as many.
             weight = weight / 2 if unlabeled else weight
-            terms["consistency_labeled"] = Term(self.consistency(segmentation, distances, valid), weight)
+            terms["consistency_labeled"] = Term(
+                self.consistency(segmentation, self.distances(distances), valid), weight
+            )
         yield terms
         if unlabeled:
             image = self.next_unlabeled().strong
             with self.autocast():
                 segmentation, distances = self.student(image), self.second(image)
             everywhere = torch.ones_like(image[:, :1], dtype=torch.bool)
-            yield {"consistency": Term(self.consistency(segmentation, distances, everywhere), weight)}
-
-    def consistency(self, segmentation, distances, valid) -> torch.Tensor:
-        """Eq. 4 of the outputs of M_s and M_d."""
-        masks = mask_of_distance(self.distances(distances), self.options.steepness)
-        return cross_task_error(masks, self.foreground_probabilities(full_resolution(segmentation)), valid)
+            yield {"consistency": Term(self.consistency(segmentation, self.distances(distances), everywhere), weight)}

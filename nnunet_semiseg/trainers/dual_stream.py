@@ -131,23 +131,18 @@ class nnUNetTrainerDualStream(TwoNetworkTrainer):
     def mistake_terms(self, logits: list[torch.Tensor], target: torch.Tensor) -> dict[str, Term]:
         """Squared error of the foreground's probabilities to the labels, where the two networks decide differently."""
         foreground, valid = self.labels.one_vs_rest(target)
-        differ = self.differ([self.labels.hard(value.detach()) for value in logits]) & valid
+        differ = self.labels.differ(*(self.labels.hard(value.detach()) for value in logits)) & valid
         terms = {}
         for name, value in zip(("mistake_first", "mistake_second"), logits):
-            p = self.labels.probabilities(value)[:, -self.labels.num_foreground :]
+            p = self.labels.foreground_channels(self.labels.probabilities(value))
             error = (p - foreground).square().mean(1, keepdim=True)
             terms[name] = Term(masked_mean(error, differ), self.options.mistake_weight)
         return terms
 
-    @staticmethod
-    def differ(hard: list[torch.Tensor]) -> torch.Tensor:
-        """(B, 1, *) bool: where two hard predictions are not the same."""
-        return (hard[0] != hard[1]).any(1, keepdim=True)
-
     def unlabeled_terms(self, unlabeled, winner: int) -> dict[str, Term]:
         o = self.options
         networks = [unwrap(self.network), self.companions["second"]]
-        image = unlabeled.strong if o.student_view == "strong" else unlabeled.weak
+        image = self.student_input(unlabeled)
         with self.autocast():
             results = [forward(network, image) for forward, network in zip(self._forwards, networks)]
         logits = [full_resolution(outputs) for outputs, _ in results]
@@ -178,7 +173,7 @@ class nnUNetTrainerDualStream(TwoNetworkTrainer):
         """L_reg, Eqs. 4 and 5."""
         p = [self.labels.probabilities(value) for value in logits]
         sure = torch.minimum(*(self.labels.confidence(value.detach()) for value in p)) > self.options.confidence
-        mask = self.differ(hard) & sure
+        mask = self.labels.differ(*hard) & sure
         self.monitor("confident_disagreement", mask.float().mean())
         return masked_mean((p[0] - p[1]).abs().mean(1, keepdim=True), mask)
 

@@ -71,9 +71,6 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
             noisy = clamped_noise(weak, self.options.noise)
         return self.logits(self.teacher_network, noisy)
 
-    def student_input(self, unlabeled: Unlabeled) -> torch.Tensor:
-        return unlabeled.strong if self.options.student_view == "strong" else unlabeled.weak
-
     def unsupervised_loss(self, unlabeled: Unlabeled):
         teacher = self.labels.probabilities(self.teacher_logits(unlabeled.weak))
         student = self.labels.probabilities(self.logits(self.student, self.student_input(unlabeled)))

@@ -67,5 +67,5 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, nnUNetTrainerMeanTeacher):
         with self.autocast():
             outputs = self.student(self.student_input(unlabeled))
         everywhere = torch.ones_like(hard[:, :1], dtype=torch.bool)
-        loss = self.pseudo_loss(outputs, hard, everywhere, self.labels.entropy(teacher))
+        loss = self.pseudo_loss(outputs, hard, everywhere, teacher)
         return {"pseudo": Term(loss, self.unsupervised_weight())}

@@ -16,7 +16,7 @@ def plot_panel(logged: dict[str, list[float]], file: Path) -> None:
         file: PNG to write.
     """
     weights = [name for name in logged if name.endswith("_weight")]
-    terms = ["supervised", *(name[: -len("_weight")] for name in weights)]
+    terms = [name for name in ("supervised", *(name[: -len("_weight")] for name in weights)) if name in logged]
     dice = [name for name in logged if name.endswith("_val_dice")]
     rest = [name for name in logged if name not in (*weights, *terms, *dice, "non_finite_steps", "peak_memory_gib")]
     panels = [

@@ -43,9 +43,9 @@ class RegionLearning:
         uncertain = above_percentile(entropy, o.percentile_labeled, valid)
         return self.region_loss(outputs, hard, uncertain, o.labeled_regions, valid)
 
-    def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-        """``entropy``: (B, 1, *) of the prediction that ``hard`` comes from."""
+    def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, labeling: torch.Tensor) -> torch.Tensor:
+        """``labeling``: the (B, C, *) logits that ``hard`` comes from."""
         o = self.options
-        uncertain = above_percentile(entropy, o.percentile_unlabeled, valid)
+        uncertain = above_percentile(self.labels.entropy(labeling), o.percentile_unlabeled, valid)
         self.monitor("uncertain_voxels", uncertain.float().mean())
         return self.region_loss(outputs, hard, uncertain, o.unlabeled_regions, valid)

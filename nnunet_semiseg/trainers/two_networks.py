@@ -6,14 +6,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.networks.second import second_plans
-from nnunet_semiseg.trainers.base import SemiSupervisedTrainer, Term
+from nnunet_semiseg.trainers.base import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import option
 
 
@@ -52,11 +51,6 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
 
     def build_companions(self):
         return {"second": self.build_second()}
-
-    def second_supervised_loss(self, data: torch.Tensor, target) -> dict[str, Term]:
-        """nnU-Net's loss of B on the labeled batch."""
-        with self.autocast():
-            return {"supervised_second": Term(self.loss(self.second(data), target))}
 
     @property
     def second_folder(self) -> Path:

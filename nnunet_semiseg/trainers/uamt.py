@@ -55,19 +55,18 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
         return super().build_companions()
 
     @torch.no_grad()
+    def teacher_logits(self, weak):
+        if self.options.dropout == 0:
+            return super().teacher_logits(weak)
+        with self.random_stream, self.autocast():
+            noisy = clamped_noise(weak, self.options.noise)
+            output, _ = forward_with_features(self.teacher.module, noisy, self.options.dropout)
+        return full_resolution(output)
+
     def teacher_mean(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) mean probabilities over the stochastic passes."""
-        o = self.options
-        mean = 0.0
-        for _ in range(o.passes if o.uncertainty else 1):
-            with self.random_stream, self.autocast():
-                noisy = clamped_noise(weak, o.noise)
-                if o.dropout > 0:
-                    output, _ = forward_with_features(self.teacher.module, noisy, o.dropout)
-                else:
-                    output = self.teacher_network(noisy)
-            mean = mean + self.labels.probabilities(full_resolution(output))
-        return mean / o.passes if o.uncertainty else mean
+        passes = self.options.passes if self.options.uncertainty else 1
+        return sum(self.labels.probabilities(self.teacher_logits(weak)) for _ in range(passes)) / passes
 
     def certain(self, teacher: torch.Tensor) -> torch.Tensor:
         """(B, 1, *) bool: where the consistency counts."""

@@ -1,0 +1,117 @@
+"""Images, and labels where there are some, made ready for training with a dataset's plans."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+from nnunet_semiseg.data.unlabeled import DIGEST_KEY, preprocessing_digest
+from nnunet_semiseg.datasets import Dataset, read_images
+from nnunet_semiseg.parallel import over_cases
+
+# In the order in which they appear under their final name: a case counts as done once it has its properties.
+SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+
+
+def preprocess_cases(
+    dataset: Dataset,
+    plans_name: str,
+    configuration_name: str,
+    images: Mapping[str, list[Path]],
+    folder: Path,
+    processes: int,
+    labels: Mapping[str, Path] | None = None,
+) -> list[str]:
+    """Run nnU-Net's preprocessor on the cases that ``folder`` lacks.
+
+    Args:
+        images: {case: its channel files}.
+        folder: Where the preprocessed cases go; a case that is there is complete.
+        labels: {case: label map} of labeled cases; None for unlabeled ones.
+
+    Returns:
+        One line for each case that failed; the others are done.
+    """
+    missing = [case for case in images if not (folder / f"{case}.pkl").is_file()]
+    folder.mkdir(parents=True, exist_ok=True)
+    # On the same file system, so that a rename publishes a finished file; not inside the folder, because nnU-Net looks
+    # at every file there.
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    labeled = sorted((dataset.raw / "imagesTr").glob(f"*_0000{dataset.file_ending}"))
+    orientation = dataset.orientation(labeled[:1]) if labeled else None
+    jobs = {
+        case: (
+            *(dataset.name, plans_name, configuration_name, case, images[case]),
+            *(labels and labels[case], unfinished, folder, orientation),
+        )
+        for case in missing
+    }
+    try:
+        warnings, failures = over_cases(
+            _preprocess_case,
+            jobs,
+            processes,
+            f"{dataset.name} {configuration_name}",
+            done=len(images) - len(missing),
+        )
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for warning in chain.from_iterable(warnings.values()):
+        print(f"Warning: {warning}", file=sys.stderr)
+    return failures
+
+
+def _preprocess_case(
+    name, plans_name, configuration_name, case, files, label, unfinished, folder, orientation
+) -> list[str]:
+    """One case, from its images to its three files under their final names. Returns warnings."""
+    dataset = Dataset(name)
+    plans = dataset.plans(plans_name)
+    configuration = plans.get_configuration(configuration_name)
+    data, properties = read_images(files, plans, dataset.num_channels)
+    warnings = []
+    odd_spacing = dataset.spacing_warning(np.asarray(properties["spacing"]))
+    if odd_spacing:
+        warnings.append(f"{case}: {odd_spacing}")
+    own_orientation = dataset.orientation(files)
+    if own_orientation != orientation and None not in (own_orientation, orientation):
+        warnings.append(
+            f"{case}: orientation {own_orientation}, the labeled cases are {orientation}. nnU-Net does not reorient "
+            "images; reorient the file, or leave the case out"
+        )
+    target = Path(unfinished) / case
+    try:
+        configuration.preprocessor_class(verbose=False).run_case_save(
+            str(target), [str(f) for f in files], label and str(label), plans, configuration, dataset.json
+        )
+        if label is None:
+            properties = load_pickle(f"{target}.pkl")
+            # nnU-Net's loader expects the key; an unlabeled case has no locations to offer.
+            write_pickle(
+                {**properties, "class_locations": {}, DIGEST_KEY: preprocessing_digest(plans, configuration)},
+                f"{target}.pkl",
+            )
+        # Read back what a full disk may have cut off.
+        written, *_ = nnUNetDatasetBlosc2(str(unfinished), [case]).load_case(case)
+        written[:]
+    except Exception as error:
+        free = shutil.disk_usage(unfinished).free / 1e6
+        for suffix in SUFFIXES:
+            Path(f"{target}{suffix}").unlink(missing_ok=True)
+        raise OSError(
+            f"case {case} could not be written to {folder} ({type(error).__name__}: {error}; {free:.0f} MB are free "
+            "there). If the disk is full, free some space; then run the command again: finished cases are kept"
+        ) from None
+    for suffix in SUFFIXES:
+        os.replace(f"{target}{suffix}", folder / f"{case}{suffix}")
+    return warnings

@@ -1,0 +1,47 @@
+"""Files that appear whole under their final name, or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(file: Path):
+    """A path beside ``file`` to write to, with the same ending; renamed to ``file`` at the end, removed on an error."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # The process number: two processes may write the same file. The ending stays: it decides the format.
+    temporary = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        # A full disk is reported without the file.
+        if error.errno is not None and error.filename is None:
+            error.filename = str(file)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    with whole(file) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(file: Path, content) -> None:
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(file: Path, header: list[str], rows: Iterable) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(file, text.getvalue())

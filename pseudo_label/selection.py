@@ -1,0 +1,152 @@
+"""Which scored cases become training cases, and which a person should look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pseudo_label.scores import CaseScore
+
+# --annotate chooses among this many times as many of the worst cases, so that they need not all be of one kind.
+ANNOTATE_POOL = 3
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a case has to fulfill; all of the rules that are given.
+
+    Args:
+        threshold: Lowest score of a case that is accepted.
+        class_thresholds: {class: lowest score of that class, where it is present}.
+        max_volume_zscore: Largest distance of a class's volume from that in labeled cases, in their standard deviations.
+        max_components: {class: largest number of connected components}.
+        top: The most cases that are accepted: the best ones.
+        fraction: The same as a share of the scored cases, rounded down.
+        balanced: ``top`` or ``fraction`` by class: the classes take turns, each takes the case that it is best in.
+    """
+
+    threshold: float | None = None
+    class_thresholds: Mapping[str, float] = field(default_factory=dict)
+    max_volume_zscore: float | None = None
+    max_components: Mapping[str, int] = field(default_factory=dict)
+    top: int | None = None
+    fraction: float | None = None
+    balanced: bool = False
+
+    def check(self, class_names) -> None:
+        """Raises ValueError if a rule cannot be applied, naming it."""
+        shares = {"threshold": self.threshold, "fraction": self.fraction, **self.class_thresholds}
+        for name, value in shares.items():
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"The {name} of {value:g} is not between 0 and 1")
+        if self.max_volume_zscore is not None and not self.max_volume_zscore > 0:
+            raise ValueError(f"A largest z-score of {self.max_volume_zscore:g} is not above 0")
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"The best {self.top} cases are none. Use 1 or more")
+        if self.top is not None and self.fraction is not None:
+            raise ValueError("Both a number and a share of the best cases are given. Choose one")
+        if self.balanced and self.top is None and self.fraction is None:
+            raise ValueError("Balancing the classes needs a number of cases, or a share of them")
+        unknown = sorted({*self.class_thresholds, *self.max_components} - set(class_names))
+        if unknown:
+            raise ValueError(f"There is no class {unknown[0]}. Classes: {', '.join(class_names)}")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``reasons``: why a case is rejected; why it is accepted is that there is none."""
+
+    accepted: bool
+    reasons: tuple[str, ...] = ()
+
+
+def select(scores: Mapping[str, CaseScore], rules: Rules) -> dict[str, Decision]:
+    """A decision for every scored case, in the order of ``scores``.
+
+    A score that equals a threshold is accepted. ``top`` and ``fraction`` choose among the cases that fulfill the other
+    rules; equal scores are taken in the order of names.
+    """
+    reasons = {case: _reasons(score, rules) for case, score in scores.items()}
+    candidates = [scores[case] for case, found in reasons.items() if not found]
+    limit = rules.top if rules.fraction is None else int(rules.fraction * len(scores) + 1e-9)
+    if limit is not None:
+        order = _by_class(candidates) if rules.balanced else sorted(candidates, key=_best_first)
+        for rank, score in enumerate(order, 1):
+            if rank > limit:
+                what = "in the order of the balanced classes" if rules.balanced else f"by its score {score.score:.4f}"
+                reasons[score.case].append(f"number {rank} {what}, {limit} are taken")
+    return {case: Decision(not found, tuple(found)) for case, found in reasons.items()}
+
+
+def _best_first(score: CaseScore):
+    return -score.score, score.case
+
+
+def _reasons(score: CaseScore, rules: Rules) -> list[str]:
+    if score.score is None:
+        return ["no foreground in the consensus or in any member"]
+    found = []
+    if rules.threshold is not None and score.score < rules.threshold:
+        found.append(f"score {score.score:.4f} is below {rules.threshold:g}")
+    for name, own in score.classes.items():
+        lowest = rules.class_thresholds.get(name)
+        if lowest is not None and own.score is not None and own.score < lowest:
+            found.append(f"score {own.score:.4f} of {name} is below {lowest:g}")
+        z, limit = own.volume_zscore, rules.max_volume_zscore
+        if limit is not None and z is not None and abs(z) > limit:
+            found.append(
+                f"volume of {name} is {z:+.1f} standard deviations from the labeled cases', {limit:g} are allowed"
+            )
+        most = rules.max_components.get(name)
+        if most is not None and own.components > most:
+            found.append(f"{name} has {own.components} components, {most} are allowed")
+    return found
+
+
+def _by_class(candidates: list[CaseScore]) -> list[CaseScore]:
+    """All candidates; the classes take turns, each with the case that it is best in of those that are left."""
+    names = list(candidates[0].classes) if candidates else []
+    left = {
+        name: sorted(
+            (score for score in candidates if score.classes[name].score is not None),
+            key=lambda score: (-score.classes[name].score, score.case),  # noqa: B023 (used at once)
+        )
+        for name in names
+    }
+    order: list[CaseScore] = []
+    taken: set[str] = set()
+    while len(order) < len(candidates):
+        for name in names:
+            left[name] = [score for score in left[name] if score.case not in taken]
+            if left[name]:
+                order.append(left[name][0])
+                taken.add(left[name][0].case)
+    return order
+
+
+def to_annotate(scores: Mapping[str, CaseScore], number: int) -> list[str]:
+    """The cases whose annotation by a person should help most: low agreement, and unlike each other.
+
+    Of the ``ANNOTATE_POOL * number`` cases with the lowest scores (cases without foreground first) the very lowest is
+    taken, then repeatedly the one that is farthest from those taken. The distance is Euclidean over the classes'
+    log volumes and scores, each scaled to unit standard deviation over the pool.
+    """
+    worst = sorted(scores.values(), key=lambda s: (s.score is not None, s.score or 0.0, s.case))
+    pool = worst[: ANNOTATE_POOL * number]
+    if not pool:
+        return []
+    features = np.array(
+        [[v for own in s.classes.values() for v in (math.log1p(own.volume_mm3), own.score or 0.0)] for s in pool]
+    )
+    spread = features.std(0)
+    features = features / np.where(spread > 0, spread, 1.0)
+    chosen = [0]
+    distance = np.linalg.norm(features - features[0], axis=1)
+    while len(chosen) < min(number, len(pool)):
+        distance[chosen] = -1.0
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(features - features[chosen[-1]], axis=1))
+    return [pool[i].case for i in chosen]

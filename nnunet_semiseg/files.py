@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,3 +46,15 @@ def write_csv(file: Path, header: list[str], rows: Iterable) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(file, text.getvalue())
+
+
+def link(source: Path, target: Path) -> None:
+    """Make ``target`` a symbolic link to a file; a copy where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = Path(source).resolve()
+    target.unlink(missing_ok=True)
+    try:
+        target.symlink_to(source)
+    except (OSError, NotImplementedError):
+        with whole(target) as temporary:
+            shutil.copyfile(source, temporary)

@@ -21,7 +21,7 @@ class Rules:
     Args:
         threshold: Lowest score of a case that is accepted.
         class_thresholds: {class: lowest score of that class, where it is present}.
-        max_volume_zscore: Largest distance of a class's volume from that in labeled cases, in their standard deviations.
+        max_volume_zscore: Largest distance of a class's volume from the labeled cases' mean, in standard deviations.
         max_components: {class: largest number of connected components}.
         top: The most cases that are accepted: the best ones.
         fraction: The same as a share of the scored cases, rounded down.

@@ -46,7 +46,7 @@ dist.destroy_process_group()
 DISTRIBUTED = {
     "nnUNetTrainerMeanTeacher": "consistency",
     "nnUNetTrainerCoraNet": "consistency",
-    "nnUNetTrainerBCPBURL": "pseudo_out",
+    "nnUNetTrainerBCPBURL": "mixed_out",
     "nnUNetTrainerDualStream": "pseudo_second",
 }
 

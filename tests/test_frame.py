@@ -81,7 +81,7 @@ def test_every_trainer_learns_from_both_halves(started, name, kind, configuratio
     assert trainer._non_finite_total == 0
     assert torch.isfinite(flat(trainer.network)).all()
     assert not torch.equal(before, flat(trainer.network))
-    assert {"consistency", "pseudo", "entropy", "cross_first", "pseudo_first", "pseudo_out"} & set(trainer._epoch_sums)
+    assert {"consistency", "pseudo", "entropy", "cross_first", "pseudo_first", "mixed_out"} & set(trainer._epoch_sums)
     assert trainer.global_step == 3
 
 

@@ -335,7 +335,7 @@ def test_cuboids_reach_every_corner():
 @pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
 def test_copy_paste_literally(started, monkeypatch, kind):
     """Every voxel of the mixed images, labels and regions, from where it should come."""
-    trainer = started(short("nnUNetTrainerBCP"), kind)
+    trainer = started(short("nnUNetTrainerBCP") + "_origin_normalized=true", kind)
     batch = next(trainer.dataloader_train)
     data, target = batch["data"], batch["target"][0]
     n = len(data)
@@ -375,8 +375,49 @@ def test_copy_paste_literally(started, monkeypatch, kind):
                 assert bool(group["pseudo"][i, 0][v]) == (not is_labeled)
 
 
+@pytest.mark.parametrize("method", ["BCP", "BCPBURL"])
+def test_one_loss_weights_every_voxel_by_its_origin_and_region(started, monkeypatch, method):
+    """1 and pseudo_weight; with regions half of it in the part that is not favored, by percentiles in each origin."""
+    trainer = started(short(f"nnUNetTrainer{method}") + "_pseudo_weight=0.4", "ignore")
+    batch = next(trainer.dataloader_train)
+    trainer.global_step = trainer._total_steps
+    trainer.before_step()
+    trainer.phase_2_start = 0.0
+    inside = trainer.cuboid(batch["data"])
+    monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
+    unlabeled = trainer.next_unlabeled()
+    monkeypatch.setattr(trainer, "next_unlabeled", lambda: unlabeled)
+    _, labeling = trainer.pseudo_labels(unlabeled.weak)
+    seen, students, original = [], [], trainer.network.forward
+    monkeypatch.setattr(trainer.network, "forward", lambda x: students.append(original(x)) or students[-1])
+    monkeypatch.setattr(trainer, "host_loss", lambda o, h, w: seen.append(w) or o[0].sum())
+    groups = list(trainer.losses(batch["data"], batch["target"]))
+    assert [{name: term.weight for name, term in group.items()} for group in groups] == [
+        {"mixed_out": 0.5},
+        {"mixed_in": 0.5},
+    ]
+    for direction, (weights, outputs) in enumerate(zip(seen, students)):
+        for i in range(len(weights)):
+            partner = (i - direction) % len(weights)
+            box = inside[0, 0].numpy()
+            real = box if direction else ~box
+            valid = real & (batch["target"][0][i, 0].numpy() != 3)
+            expected = np.where(real, valid * 1.0, 0.4)
+            if method == "BCPBURL":
+
+                def entropy(logits, j):
+                    p = logits[j].detach().softmax(0).double().numpy()
+                    return -(p * np.log(np.maximum(p, 1e-12))).sum(0)
+
+                student, teacher = entropy(outputs[0], i), entropy(labeling, partner)
+                uncertain = student > np.percentile(student[valid], 95)
+                expected[valid & ~uncertain] *= 0.5
+                expected[~real & (teacher > np.percentile(teacher[~real], 99))] *= 0.5
+            assert np.mean(np.abs(weights[i, 0].numpy() - expected) > 1e-6) < 0.01
+
+
 def test_pretraining_mixes_labeled_patches(started, monkeypatch):
-    trainer = started(f"nnUNetTrainerBCP_pretraining=1{SHORT}")
+    trainer = started(f"nnUNetTrainerBCP_pretraining=1_mix_pretraining=true{SHORT}")
     batch = next(trainer.dataloader_train)
     inside = trainer.cuboid(batch["data"])
     monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
@@ -713,7 +754,7 @@ def test_copy_paste_of_a_single_sample(started, monkeypatch, method):
     monkeypatch.setattr(trainer, "next_unlabeled", lambda: Unlabeled(*(x[:1] for x in original())))
     one = {"data": batch["data"][:1], "target": [t[:1] for t in batch["target"]], "keys": batch["keys"][:1]}
     trainer.train_step(one)
-    assert trainer._non_finite_total == 0 and "pseudo_in" in trainer._epoch_sums
+    assert trainer._non_finite_total == 0 and "mixed_in" in trainer._epoch_sums
 
 
 @pytest.mark.parametrize("favored", ["url", "crl"])

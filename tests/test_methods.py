@@ -18,7 +18,7 @@ STUDENT, SECOND, BOTH = {"student"}, {"second"}, {"student", "second"}
 # Term -> the networks that it trains. Supervised terms are of the student unless they say otherwise.
 CONSISTENCY = {"supervised": STUDENT, "consistency": STUDENT}
 PSEUDO = {"supervised": STUDENT, "pseudo": STUDENT}
-COPY_PASTE = dict.fromkeys(("supervised_out", "pseudo_out", "supervised_in", "pseudo_in"), STUDENT)
+COPY_PASTE = dict.fromkeys(("mixed_out", "mixed_in"), STUDENT)
 DISTANCE = {"student", "distance_head"}
 TERMS = {
     "MeanTeacher": CONSISTENCY,
@@ -112,7 +112,7 @@ OFF = {
     "PiModel": "_consistency_weight=0",
     "EntropyMinimization": "_entropy_weight=0",
     "MeanTeacherBURL": "_pseudo_weight=0_labeled_regions=none",
-    "BCP": "_pretraining=1_mix_pretraining=false",
+    "BCP": "_pretraining=1",
     "CPS": "_pseudo_weight=0",
     "DTML": "_setting=segmentation",
     "DTC": "_consistency_weight=0_distance_weight=0",

@@ -24,6 +24,12 @@ class RegionLoss:
     def __init__(self, loss, alpha: float, region_normalized: bool):
         self.loss, self.alpha, self.region_normalized = loss, alpha, region_normalized
 
+    def weights(self, uncertain: torch.Tensor, favored: str, valid: torch.Tensor) -> torch.Tensor:
+        """The (B, 1, *) weights of the default form; arguments as for a call."""
+        if favored == NONE:
+            return valid.float()
+        return torch.where(uncertain if favored == URL else ~uncertain, 1.0, self.alpha) * valid
+
     def __call__(self, outputs, hard: torch.Tensor, uncertain: torch.Tensor, favored: str, valid: torch.Tensor):
         """
         Args:
@@ -33,10 +39,8 @@ class RegionLoss:
             favored: "url", "crl" or "none".
             valid: (B, 1, *) bool, the voxels that count.
         """
-        if favored == NONE:
-            return self.loss(outputs, hard, valid)
+        if not self.region_normalized or favored == NONE:
+            return self.loss(outputs, hard, self.weights(uncertain, favored, valid))
         region = uncertain if favored == URL else ~uncertain
-        if self.region_normalized:
-            other = self.loss(outputs, hard, valid & ~region) if self.alpha > 0 else 0.0
-            return self.loss(outputs, hard, valid & region) + self.alpha * other
-        return self.loss(outputs, hard, torch.where(region, 1.0, self.alpha) * valid)
+        other = self.loss(outputs, hard, valid & ~region) if self.alpha > 0 else 0.0
+        return self.loss(outputs, hard, valid & region) + self.alpha * other

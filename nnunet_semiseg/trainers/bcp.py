@@ -20,7 +20,13 @@ class BCPOptions(PretrainingOptions):
     box: float = option(2 / 3, "side of the pasted cuboid, as a share of the patch's", low=0.0, high=1.0)
     pseudo_weight: float = option(0.5, "weight of pseudo-labeled voxels beside labeled ones", low=0.0)
     largest_component: bool = option(True, "keep only the largest component of each class in pseudo labels")
-    mix_pretraining: bool = option(True, "copy-paste between labeled patches while pretraining")
+    mix_pretraining: bool = option(False, "copy-paste between labeled patches while pretraining, as the paper")
+    origin_normalized: bool = option(
+        False, "a loss for each origin of voxels, normalized by its own size, as the paper; else one loss with weights"
+    )
+    unlabeled_foreground_sampling: float = option(
+        0.33, "probability of centering an unlabeled patch on predicted foreground", low=0.0, high=1.0
+    )
     student_view: str = option("strong", "the student's unlabeled input; labels: weak view", choices=("strong", "weak"))
     ema_decay: float = option(0.99, "decay of the teacher, per step", low=0.0, high=1.0)
     predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
@@ -31,10 +37,10 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
 
     M is 0 in a cuboid of 2/3 of every side at a random place, 1 outside; one for each step.
 
-    * Phase 1: copy-paste between labeled patches, X_a * M + X_b * (1 - M), with nnU-Net's loss on the mixed labels.
+    * Phase 1: nnU-Net's loss on labeled patches; with ``mix_pretraining`` on X_a * M + X_b * (1 - M).
     * Phase 2: X_out = X_a * M + U_a * (1 - M) and X_in = U_b * M + X_b * (1 - M), a pass for each. The loss is the mean
-      of both, in each nnU-Net's loss on the voxels that come from labeled patches, plus ``pseudo_weight`` times the
-      same on those from unlabeled ones, each normalized by its own region, at every resolution of deep supervision.
+      of both: nnU-Net's with weight 1 for voxels of labeled patches and ``pseudo_weight`` for those of unlabeled ones,
+      at every resolution of deep supervision.
     * Pseudo labels: argmax of a teacher on the weak view, largest component of each class. The teacher starts from the
       pretrained student and is its moving average with a constant decay.
 
@@ -44,6 +50,9 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
       one.
     * Both directions use the whole batch, where the paper's halves of a batch go one way each: a step then learns from
       every labeled voxel once, as nnU-Net's does, whatever the batch size. X_a, X_b and U_a, U_b are different patches.
+    * One Dice for a mixed patch. The paper has one for each origin (``origin_normalized``): slivers of an organ that
+      the cuboid's edge cuts off then count as much as the whole organ on the other side.
+    * Unlabeled patches are centered on predicted foreground as often as nnU-Net's labeled ones on labels.
     * Phase 2 starts when every class is found in labeled patches (``min_recall``), so that pseudo labels do not teach
       that a class is absent.
     * ``largest_component`` is wrong for structures in several pieces (tumors, ribs): turn it off there.
@@ -71,6 +80,17 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
     def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, labeling: torch.Tensor) -> torch.Tensor:
         """The loss on pseudo-labeled voxels. ``labeling``: the (B, C, *) logits that the labels come from."""
         return self.host_loss(outputs, hard, valid)
+
+    def labeled_weights(self, outputs, valid: torch.Tensor) -> torch.Tensor:
+        """(B, 1, *) weights of the voxels of labeled patches, those of the mask ``valid``."""
+        return valid.float()
+
+    def pseudo_weights(self, labeling: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """The same of pseudo-labeled voxels, without ``pseudo_weight``."""
+        return valid.float()
+
+    def is_origin_normalized(self) -> bool:
+        return self.options.origin_normalized
 
     def losses(self, data, target):
         hard, valid = self.labels.without_ignored(full_resolution(target))
@@ -118,9 +138,13 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
                 outputs = self.student(mixed)
             mixed_hard = torch.where(real, hard, pseudo)
             pasted = (~real).expand_as(valid)
-            yield {
-                f"supervised_{name}": Term(self.labeled_loss(outputs, mixed_hard, valid & real), 0.5),
-                f"pseudo_{name}": Term(self.pseudo_loss(outputs, mixed_hard, pasted, labeling), 0.5 * weight),
-            }
+            if self.is_origin_normalized():
+                yield {
+                    f"supervised_{name}": Term(self.labeled_loss(outputs, mixed_hard, valid & real), 0.5),
+                    f"pseudo_{name}": Term(self.pseudo_loss(outputs, mixed_hard, pasted, labeling), 0.5 * weight),
+                }
+            else:
+                weights = self.labeled_weights(outputs, valid & real) + weight * self.pseudo_weights(labeling, pasted)
+                yield {f"mixed_{name}": Term(self.host_loss(outputs, mixed_hard, weights), 0.5)}
             # X_b is not pasted into the patch that was pasted into it.
             image, pseudo, labeling = (x.roll(1, 0) for x in (image, pseudo, labeling))

@@ -27,6 +27,9 @@ class nnUNetTrainerBCPBURL(RegionLearning, nnUNetTrainerBCP):
     Options = BCPBURLOptions
     options: BCPBURLOptions
 
+    def is_origin_normalized(self):
+        return super().is_origin_normalized() or self.options.region_normalized
+
     def build_companions(self):
         companions = super().build_companions()
         self.build_region_loss()

@@ -38,14 +38,26 @@ class RegionLearning:
         self.region_loss = RegionLoss(self.host_loss, self.options.alpha, self.options.region_normalized)
 
     def labeled_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        o = self.options
-        entropy = self.labels.entropy(full_resolution(outputs).detach())
-        uncertain = above_percentile(entropy, o.percentile_labeled, valid)
-        return self.region_loss(outputs, hard, uncertain, o.labeled_regions, valid)
+        return self.region_loss(outputs, hard, *self._labeled_regions(outputs, valid))
 
     def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, labeling: torch.Tensor) -> torch.Tensor:
         """``labeling``: the (B, C, *) logits that ``hard`` comes from."""
-        o = self.options
-        uncertain = above_percentile(self.labels.entropy(labeling), o.percentile_unlabeled, valid)
+        return self.region_loss(outputs, hard, *self._unlabeled_regions(labeling, valid))
+
+    def labeled_weights(self, outputs, valid: torch.Tensor) -> torch.Tensor:
+        """(B, 1, *) weights instead of a loss, for a host that weights labels and pseudo labels in one."""
+        return self.region_loss.weights(*self._labeled_regions(outputs, valid))
+
+    def pseudo_weights(self, labeling: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return self.region_loss.weights(*self._unlabeled_regions(labeling, valid))
+
+    def _labeled_regions(self, outputs, valid):
+        """Arguments of RegionLoss."""
+        entropy = self.labels.entropy(full_resolution(outputs).detach())
+        return above_percentile(entropy, self.options.percentile_labeled, valid), self.options.labeled_regions, valid
+
+    def _unlabeled_regions(self, labeling, valid):
+        entropy = self.labels.entropy(labeling)
+        uncertain = above_percentile(entropy, self.options.percentile_unlabeled, valid)
         self.monitor("uncertain_voxels", uncertain.float().mean())
-        return self.region_loss(outputs, hard, uncertain, o.unlabeled_regions, valid)
+        return uncertain, self.options.unlabeled_regions, valid

@@ -1,0 +1,48 @@
+"""13 organs in abdominal CT: the FLARE challenge of 2023, whose labels are partial.
+
+imagesTr2200 and labelsTr2200 (FLARE23_NNNN), unlabeledTr1800, and validation (FLARE23Ts_NNNN). Most labels have only
+some of the organs; the others are background there, which would teach a network that they do not exist. So only cases
+in which all 13 organs are drawn are labeled, the others are unlabeled. Tumors (14) hide which organ is below, so
+nnU-Net ignores these voxels.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+from dataset_conversion.common import Case, Download, Source, read_volume
+from dataset_conversion.Dataset504_FLARE22 import ORGANS, images_and_labels, tuning_cases
+from nnunet_semiseg.parallel import over_cases
+from nnunet_semiseg.segmentations import labels_of
+
+
+def cases(download: Download, args: Namespace) -> list[Case]:
+    images, labels = images_and_labels(download, "FLARE23_*")
+    if not labels:
+        raise ValueError(f"{download} has no FLARE23_NNNN.nii.gz in labelsTr2200: it is not the FLARE23 training set")
+    alone = sorted(set(labels) - set(images))
+    if alone:
+        raise ValueError(f"{labels[alone[0]]} has no image {alone[0]}_0000.nii.gz. Download imagesTr2200")
+    complete, failures = over_cases(_is_complete, {n: (f,) for n, f in labels.items()}, args.np, "which are complete")
+    if failures:
+        raise ValueError(failures[0].removeprefix("Error: "))
+    return [
+        Case(name, name, (file,), labels[name] if complete.get(name) else None) for name, file in sorted(images.items())
+    ] + tuning_cases(download, "FLARE23Ts_*")
+
+
+def _is_complete(file: Path) -> bool:
+    return set(range(1, len(ORGANS) + 1)) <= set(np.unique(labels_of(read_volume(file, []), file)).tolist())
+
+
+SOURCE = Source(
+    title="13 abdominal organs, CT, partial labels (FLARE23)",
+    channels=("CT",),
+    labels={**{name: (i + 1,) for i, name in enumerate(ORGANS)}, "ignore": (14,)},
+    cases=cases,
+    reference="https://codalab.lisn.upsaclay.fr/competitions/12239; cite Ma et al., arXiv:2408.12534",
+    license="terms of the FLARE challenge",
+)

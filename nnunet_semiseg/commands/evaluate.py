@@ -1,0 +1,334 @@
+"""``nnunet_semiseg evaluate``: overlap and surface distances of predictions, for each case and class."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name
+from nnunet_semiseg.files import write_csv, write_json
+from nnunet_semiseg.metrics import METRICS, Rules, Summary, case_metrics, summarize
+from nnunet_semiseg.parallel import add_processes_argument, over_cases
+from nnunet_semiseg.segmentations import Classes, find_files, geometry_difference, read_labels
+
+TOLERANCE = 2.0
+COUNTS = ("TP", "FP", "FN", "n_ref", "n_pred")
+
+
+def add_arguments(parser):
+    parser.add_argument("-g", required=True, metavar="GROUND_TRUTH", help="folder with the ground truth's label maps")
+    parser.add_argument("-p", required=True, metavar="PREDICTION", help="folder with the predicted label maps")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("-d", help="dataset id or name, for its labels (default: PREDICTION's or GROUND_TRUTH's own)")
+    labels.add_argument("-djfile", "--dataset-json", metavar="FILE", help="a dataset.json, for its labels")
+    labels.add_argument("--labels", nargs="+", help="the labels: 1 2 3, or with names: liver=1 kidneys=2,3 ignore=255")
+    parser.add_argument("-o", metavar="OUT", help="folder for evaluation.csv and evaluation.json (default: PREDICTION)")
+    parser.add_argument(
+        "--tolerance",
+        nargs="+",
+        default=[],
+        help=f"of NSD in mm: 1, or for single classes: liver=5 (default {TOLERANCE:g})",
+    )
+    parser.add_argument("--unit", choices=("mm", "voxel"), default="mm", help="of distances (default %(default)s)")
+    parser.add_argument(
+        "--both-empty",
+        choices=("leave-out", "perfect"),
+        default="leave-out",
+        help="a class that neither map has: left out of means, or overlap 1 and distance 0 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--one-empty",
+        choices=("diagonal", "leave-out"),
+        default="diagonal",
+        help="distances of a class that one map lacks: the image's diagonal, or left out (default %(default)s)",
+    )
+    parser.add_argument("--chill", action="store_true", help="allow ground truth of cases that were not predicted")
+    add_processes_argument(parser)
+
+
+def run(args) -> int:
+    classes, ending = _classes(args)
+    rules = Rules(tolerances(args.tolerance, classes), args.unit, args.both_empty, args.one_empty)
+    files = _pairs(find_files(args.g, ending), find_files(args.p, ending), args)
+    output = Path(args.o or args.p)
+    # One file for each finished case, so that a second call of the command continues.
+    unfinished = output / "evaluation.unfinished"
+    unfinished.mkdir(parents=True, exist_ok=True)
+    jobs, records = {}, {}
+    for case, pair in files.items():
+        key = json.dumps([_described(classes, rules), *map(_version, pair)])
+        part = unfinished / f"{case}.json"
+        records[case] = _finished(part, key)
+        if records[case] is None:
+            jobs[case] = (case, *pair, classes, rules, part, key)
+    done, failures = over_cases(evaluate_case, jobs, args.np, "Evaluating", done=len(files) - len(jobs))
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
+        print(
+            f"{len(failures)} of {len(files)} cases could not be evaluated (above), so evaluation.csv is not written. "
+            "Mend these and run the command again: the others are kept.",
+            file=sys.stderr,
+        )
+        return 1
+    records |= done
+    summary = _write(output, args, list(records.values()), classes, rules)
+    shutil.rmtree(unfinished)
+    print(page(list(records.values()), summary, classes, rules))
+    print(f"\nWritten to {output / 'evaluation.csv'} and {output / 'evaluation.json'}")
+    return 0
+
+
+def _classes(args) -> tuple[Classes, str | None]:
+    """The classes, and the file ending that dataset.json gives."""
+    if args.labels:
+        return parse_labels(args.labels), None
+    prediction, truth = Path(args.p), Path(args.g)
+    if args.d:
+        dataset = Dataset(dataset_name(args.d))
+        return Classes.from_dataset_json(dataset.json), dataset.file_ending
+    if args.dataset_json:
+        file = Path(args.dataset_json)
+    else:
+        # nnU-Net writes it to predictions, and has it beside labelsTr and gt_segmentations.
+        candidates = (prediction / "dataset.json", truth / "dataset.json", truth.resolve().parent / "dataset.json")
+        file = next((file for file in candidates if file.is_file()), None)
+        if file is None:
+            raise ValueError(
+                f"There is no dataset.json in {prediction} or beside {truth}. Give the labels: -d, -djfile or --labels"
+            )
+    classes = Classes.from_file(file)
+    return classes, json.loads(file.read_text()).get("file_ending")
+
+
+def parse_labels(labels: list[str]) -> Classes:
+    """``1 2``, ``liver=1 kidneys=2,3 ignore=255`` to classes.
+
+    Raises:
+        ValueError: naming what is no label, or occurs twice.
+    """
+    named: dict[str, tuple[int, ...]] = {}
+    for label in labels:
+        name, _, values = label.rpartition("=")
+        try:
+            numbers = tuple(map(int, values.split(",")))
+        except ValueError:
+            numbers = (0,)
+        if min(numbers) < 1 or max(numbers) > 65535:
+            raise ValueError(f"--labels {label} is not a label or NAME=LABEL. Labels are from 1 to 65535")
+        name = name or values
+        if name in named:
+            raise ValueError(f"--labels has {name} twice")
+        named[name] = numbers
+    ignore = named.pop("ignore", (None,))[0]
+    if not named:
+        raise ValueError("--labels has no class")
+    known = {0, *(v for values in named.values() for v in values)} | ({ignore} - {None})
+    return Classes(tuple(named), tuple(named.values()), ignore, known=frozenset(known))
+
+
+def tolerances(given: list[str], classes: Classes) -> tuple[float, ...]:
+    """``1 liver=5`` to a tolerance in mm for each class.
+
+    Raises:
+        ValueError: naming what is no tolerance, or of no class.
+    """
+    by_class = dict.fromkeys(classes.names, TOLERANCE)
+    # Those for all classes first, wherever they are written.
+    for text in sorted(given, key=lambda text: "=" in text):
+        name, _, number = text.rpartition("=")
+        try:
+            tolerance = float(number)
+        except ValueError:
+            tolerance = -1
+        if not 0 <= tolerance < float("inf"):
+            raise ValueError(f"--tolerance {text} is not a number of mm, or NAME=NUMBER")
+        if name and name not in by_class:
+            raise ValueError(f"--tolerance {text}: there is no class {name}, but {', '.join(classes.names)}")
+        by_class |= dict.fromkeys([name] if name else classes.names, tolerance)
+    return tuple(by_class.values())
+
+
+def _pairs(truths: dict[str, Path], predictions: dict[str, Path], args) -> dict[str, tuple[Path, Path]]:
+    """{case: (ground truth, prediction)} of the predicted cases."""
+    without = [case for case in predictions if case not in truths]
+    if without:
+        raise CaseError(
+            f"{predictions[without[0]]} has no ground truth in {args.g} ({len(without)} of {len(predictions)} "
+            "predictions have none). Add it, or remove the prediction"
+        )
+    extra = [case for case in truths if case not in predictions]
+    if extra and not args.chill:
+        raise CaseError(
+            f"{truths[extra[0]]} has no prediction in {args.p} ({len(extra)} of {len(truths)} cases have none). "
+            "Predict them, or evaluate only those that are there with --chill"
+        )
+    return {case: (truths[case], predictions[case]) for case in predictions}
+
+
+def _described(classes: Classes, rules: Rules) -> dict:
+    """What results depend on, apart from the files."""
+    return {
+        "labels": dict(zip(classes.names, classes.values)),
+        "ignore": classes.ignore,
+        **asdict(rules),
+        "tolerances": dict(zip(classes.names, rules.tolerances)),
+    }
+
+
+def _version(file: Path) -> tuple[str, int, int]:
+    return str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
+
+
+def _finished(part: Path, key: str) -> dict | None:
+    """The record of a case that an earlier call finished, if nothing changed since."""
+    try:
+        content = json.loads(part.read_text())
+    except (OSError, ValueError):
+        return None
+    return content["record"] if content["key"] == key else None
+
+
+def evaluate_case(
+    case: str, truth_file: Path, prediction_file: Path, classes: Classes, rules: Rules, part: Path, key: str
+) -> dict:
+    """Evaluate one case, write its record to ``part``, and return it.
+
+    Raises:
+        CaseError: naming the file that is damaged or has unknown labels, or the two that do not fit.
+    """
+    truth, image = read_labels(truth_file, classes.known)
+    prediction, predicted_image = read_labels(prediction_file, classes.known)
+    if np.squeeze(truth).ndim > 3:
+        raise CaseError(f"{truth_file} is {truth.ndim}D. Split it into one file for each time point")
+    difference = geometry_difference(image, predicted_image)
+    if difference:
+        raise CaseError(
+            f"{truth_file} and {prediction_file} have different geometry: {difference}. Predict the image that the "
+            "ground truth belongs to, or resample the prediction to it"
+        )
+    spacing = image.GetSpacing()[::-1]
+    # Each voxel type has its own; two copies less of a large image.
+    del image, predicted_image
+    record = {
+        "case": case,
+        "reference_file": str(truth_file),
+        "prediction_file": str(prediction_file),
+        "spacing": spacing,
+        "metrics": case_metrics(truth, prediction, spacing, classes, rules),
+    }
+    write_json(part, {"key": key, "record": record})
+    return record
+
+
+def _write(output: Path, args, records: list[dict], classes: Classes, rules: Rules) -> Summary:
+    """evaluation.csv and evaluation.json."""
+    values = np.array(
+        [[[record["metrics"][name][m] for m in METRICS] for name in classes.names] for record in records], dtype=float
+    )
+    summary = summarize(values)
+    tolerance = dict(zip(classes.names, rules.tolerances))
+    write_csv(
+        output / "evaluation.csv",
+        ["case", "class", *COUNTS, *METRICS, "NSD_tolerance_mm", "distance_unit"],
+        (
+            [r["case"], name, *(r["metrics"][name][m] for m in (*COUNTS, *METRICS)), tolerance[name], rules.unit]
+            for r in records
+            for name in classes.names
+        ),
+    )
+
+    def number(array: np.ndarray, *index: int) -> float | None:
+        return None if np.isnan(array[index]) else float(array[index])
+
+    statistics = {
+        name: {
+            metric: {
+                "mean": number(summary.mean, row, column),
+                "sd": number(summary.sd, row, column),
+                "ci95": [number(summary.low, row, column), number(summary.high, row, column)],
+                "cases": int(summary.cases[row, column]),
+            }
+            for column, metric in enumerate(METRICS)
+        }
+        for row, name in enumerate((*classes.names, "foreground_mean"))
+    }
+    mean = {name: {metric: s["mean"] for metric, s in by_metric.items()} for name, by_metric in statistics.items()}
+    write_json(
+        output / "evaluation.json",
+        {
+            "settings": {"ground_truth": str(args.g), "prediction": str(args.p), **_described(classes, rules)},
+            # As in nnU-Net's summary.json.
+            "foreground_mean": mean.pop("foreground_mean"),
+            "mean": mean,
+            "summary": statistics,
+            "metric_per_case": records,
+        },
+    )
+    return summary
+
+
+def page(records: list[dict], summary: Summary, classes: Classes, rules: Rules) -> str:
+    """The tables of means, and what one has to know to read them, as markdown."""
+    rows = (*classes.names, "mean") if len(classes.names) > 1 else classes.names
+    tolerance = [*(f"{t:g} mm" for t in rules.tolerances), ""]
+
+    def cell(row: int, metric: str, digits: int) -> str:
+        column = METRICS.index(metric)
+        if not summary.cases[row, column]:
+            return "–"
+        mean, sd, low, high = (
+            f"{a[row, column]:.{digits}f}".replace("nan", "–")
+            for a in (summary.mean, summary.sd, summary.low, summary.high)
+        )
+        return f"{mean} ± {sd} [{low}, {high}]"
+
+    overlap = {"Dice": "Dice", "Jaccard": "Jaccard = CSI", "Precision": "Precision", "Recall": "Recall"}
+    shown = ("HD", "HD95", "ASSD") if rules.unit == "mm" else ("HD", "HD95", "ASSD", "HD95_pooled", "ASD")
+    tables = [
+        table(
+            ["class", "cases", *overlap.values()],
+            [[name, str(summary.cases[i, 0]), *(cell(i, m, 3) for m in overlap)] for i, name in enumerate(rows)],
+        ),
+        table(
+            ["class", "cases", *(f"{metric}, {rules.unit}" for metric in shown), "NSD", "tolerance"],
+            [
+                [name, str(summary.cases[i, METRICS.index("HD")]), *(cell(i, m, 2) for m in shown), cell(i, "NSD", 3)]
+                + [tolerance[i]]
+                for i, name in enumerate(rows)
+            ],
+        ),
+    ]
+    spacings = np.array([record["spacing"] for record in records])
+    spacing = " x ".join(
+        f"{a:.3g}" if np.isclose(a, b) else f"{a:.3g}-{b:.3g}" for a, b in zip(spacings.min(0), spacings.max(0))
+    )
+    notes = [
+        f"Mean ± standard deviation over {len(records)} cases [95 % bootstrap interval of the mean]. "
+        f"Spacing ({', '.join('zyx'[-spacings.shape[1] :])}) {spacing} mm. HD95: larger of the two directed 95th "
+        "percentiles; ASSD: over the surface voxels of both; NSD: share of the surface area within the tolerance, with "
+        "DeepMind's surface elements."
+    ]
+    one = f"overlap 0, distances {'the diagonal of the image' if rules.one_empty == 'diagonal' else 'left out'}"
+    meanings = {
+        (False, False): f"neither map has it ({'left out' if rules.both_empty == 'leave-out' else 'perfect'})",
+        (True, False): f"the prediction misses it ({one})",
+        (False, True): f"only the prediction has it ({one})",
+    }
+    for name in classes.names:
+        present = [(r["metrics"][name]["n_ref"] > 0, r["metrics"][name]["n_pred"] > 0) for r in records]
+        notes += [
+            f"{name}: in {present.count(k)} case(s) {meaning}." for k, meaning in meanings.items() if k in present
+        ]
+    return "\n\n".join([*tables, "\n".join(notes)])
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths)) + " |" for line in lines)

@@ -1,0 +1,287 @@
+"""How well label maps agree with the ground truth: overlap and surface distances of each class, and their means.
+
+Surfaces are defined in two ways, because the metrics are:
+
+* Distances (``HD``, ``HD95``, ``ASSD``, ...) are between the centers of surface voxels: voxels of the mask with a face
+  neighbor outside of it, as MedPy and MONAI have them.
+* ``NSD`` is the share of the surfaces' area, as Nikolov et al. define it and DeepMind's surface-distance computes it: a
+  triangulated element in each block of 2 x 2 x 2 voxels (a line in 2 x 2 pixels) that is partly in the mask.
+
+For both, what is outside of the image is outside of the mask, an axis with a single slice is no axis, and there is no
+surface where the annotation ends, that is between a mask and ignored voxels. Spacings are in mm, in array axis order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy.ndimage import find_objects
+from scipy.spatial import KDTree
+from skimage.measure import marching_cubes, mesh_surface_area
+
+from nnunet_semiseg.segmentations import Classes
+
+OVERLAP = ("Dice", "Jaccard", "Precision", "Recall", "CSI")
+DISTANCES = ("HD", "HD95", "ASSD", "HD95_pooled", "ASD")
+METRICS = (*OVERLAP, *DISTANCES, "NSD")
+RESAMPLES = 5000
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is left open by the metrics' definitions.
+
+    Args:
+        tolerances: Of NSD in mm, for each class.
+        unit: Of distances, "mm" or "voxel". NSD is in mm in any case.
+        both_empty: A class that neither map has: "leave-out", or "perfect" (overlap and NSD 1, distances 0).
+        one_empty: A class that only one of the maps has, with overlap and NSD 0: distances are the "diagonal" of the
+            image, or "leave-out".
+    """
+
+    tolerances: tuple[float, ...]
+    unit: str = "mm"
+    both_empty: str = "leave-out"
+    one_empty: str = "diagonal"
+
+
+def case_metrics(
+    truth: np.ndarray, prediction: np.ndarray, spacing: tuple[float, ...], classes: Classes, rules: Rules
+) -> dict[str, dict[str, float | None]]:
+    """{class: {metric: value}} of one case, with numbers of voxels beside them; None is a value that is left out.
+
+    Args:
+        truth: Label map, 1D to 3D. Its ignored voxels are left out of everything.
+        prediction: Label map of the same shape. Voxels with the ignore label are of no class.
+        spacing: One for each axis.
+    """
+    spacing = tuple(float(s) for s, size in zip(spacing, truth.shape) if size > 1)
+    truth, prediction = np.squeeze(truth), np.squeeze(prediction)
+    units = spacing if rules.unit == "mm" else (1.0,) * truth.ndim
+    diagonal = float(np.linalg.norm(np.multiply(truth.shape, units))) if rules.one_empty == "diagonal" else None
+    boxes = [find_objects(labels) for labels in (truth, prediction)]
+    results = {}
+    for name, labels, members, tolerance in zip(classes.names, classes.values, classes.membership(), rules.tolerances):
+        crop = _union([box for found in boxes for v in labels if v <= len(found) and (box := found[v - 1])], truth.ndim)
+        true, predicted = members[truth[crop]], members[prediction[crop]]
+        ignored = None
+        if classes.ignore is not None:
+            ignored = truth[crop] == classes.ignore
+            predicted &= ~ignored
+        tp, n_ref, n_pred = (int(np.count_nonzero(mask)) for mask in (true & predicted, true, predicted))
+        fp, fn = n_pred - tp, n_ref - tp
+        if n_ref and n_pred:
+            values = {
+                **overlap(tp, fp, fn),
+                **distance_metrics(*surface_distances(predicted, true, units, ignored)),
+                "NSD": surface_dice(predicted, true, spacing, tolerance, ignored),
+            }
+        elif n_ref or n_pred:
+            values = {**dict.fromkeys(METRICS, 0.0), **dict.fromkeys(DISTANCES, diagonal)}
+        elif rules.both_empty == "perfect":
+            values = {**dict.fromkeys(METRICS, 1.0), **dict.fromkeys(DISTANCES, 0.0)}
+        else:
+            values = dict.fromkeys(METRICS)
+        results[name] = {"TP": tp, "FP": fp, "FN": fn, "n_ref": n_ref, "n_pred": n_pred, **values}
+    return results
+
+
+def _union(boxes: list[tuple[slice, ...]], ndim: int) -> tuple[slice, ...]:
+    """The box around boxes, with a voxel more on each side, which may be an ignored one; an empty box of none."""
+    if not boxes:
+        return (slice(0, 0),) * ndim
+    return tuple(slice(max(0, min(s.start for s in axis) - 1), max(s.stop for s in axis) + 1) for axis in zip(*boxes))
+
+
+def overlap(tp: int, fp: int, fn: int) -> dict[str, float]:
+    """Metrics of the numbers of true positive, false positive and false negative voxels.
+
+    The critical success index is tp / (tp + fp + fn), and so the same as Jaccard's index. CoraNet (Shi et al. 2022)
+    prints the formula of recall for it.
+    """
+    return {
+        "Dice": 2 * tp / (2 * tp + fp + fn),
+        "Jaccard": tp / (tp + fp + fn),
+        "Precision": tp / (tp + fp),
+        "Recall": tp / (tp + fn),
+        "CSI": tp / (tp + fp + fn),
+    }
+
+
+def surface_voxels(mask: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
+    """Bool, as ``mask``: its voxels with a face neighbor that is neither in it nor ignored."""
+    solid = np.pad(mask if ignored is None else mask | ignored, 1)
+    inside = mask.copy()
+    for axis in range(mask.ndim):
+        for side in (slice(None, -2), slice(2, None)):
+            window = [slice(1, -1)] * mask.ndim
+            window[axis] = side
+            inside &= solid[tuple(window)]
+    return mask & ~inside
+
+
+def surface_distances(
+    prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], ignored: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Euclidean distance of every surface voxel to the nearest one of the other mask.
+
+    Args:
+        prediction, truth: Bool, of the same shape; neither has ignored voxels.
+
+    Returns:
+        Those of the prediction's surface voxels, and of the truth's.
+    """
+    surfaces = [surface_voxels(mask, ignored) for mask in (prediction, truth)]
+    return _nearest(*surfaces, spacing), _nearest(*reversed(surfaces), spacing)
+
+
+def distance_metrics(from_prediction: np.ndarray, from_truth: np.ndarray) -> dict[str, float | None]:
+    """Metrics of the two directions of ``surface_distances``; None if a mask is enclosed by ignored voxels.
+
+    * ``HD``: the largest (Hausdorff) distance.
+    * ``HD95``: the 95th percentile of each direction, and the larger of the two, as in MONAI.
+    * ``ASSD``: the mean over the surface voxels of both (Heimann et al. 2009).
+    * ``HD95_pooled`` and ``ASD``: MedPy's ``hd95``, the percentile of both directions together, and its ``asd``, the
+      mean from prediction to truth alone. Tables of papers on semi-supervised segmentation have these, in voxels.
+
+    Percentiles between two distances are interpolated linearly.
+    """
+    if not (len(from_prediction) and len(from_truth)):
+        return dict.fromkeys(DISTANCES)
+    both = np.concatenate((from_prediction, from_truth))
+    values = {
+        "HD": both.max(),
+        "HD95": max(np.percentile(distances, 95) for distances in (from_prediction, from_truth)),
+        "ASSD": both.mean(),
+        "HD95_pooled": np.percentile(both, 95),
+        "ASD": from_prediction.mean(),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def surface_dice(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: tuple[float, ...],
+    tolerance: float,
+    ignored: np.ndarray | None = None,
+) -> float | None:
+    """Normalized surface Dice: the share of both surfaces' area that is within ``tolerance`` mm of the other surface.
+
+    Nikolov et al. 2018, https://arxiv.org/abs/1809.04430. The distance is that between elements' blocks.
+
+    Returns:
+        0 to 1; None if a mask has no surface, because ignored voxels enclose it.
+    """
+    # Spacings in files are rounded; without some room, three voxels of 0.7 mm would not be within 2.1 mm.
+    limit = tolerance * (1 + 1e-6)
+    codes = [_surface_elements(mask, ignored) for mask in (prediction, truth)]
+    if not all(map(np.any, codes)):
+        return None
+    areas = element_areas(spacing)
+    within = total = 0.0
+    for own, other in (codes, codes[::-1]):
+        area = areas[own[own > 0]]
+        within += area[np.isfinite(_nearest(own > 0, other > 0, spacing, limit))].sum()
+        total += area.sum()
+    return float(within / total)
+
+
+def _nearest(points: np.ndarray, others: np.ndarray, spacing: tuple[float, ...], limit: float = np.inf) -> np.ndarray:
+    """Distance of each True of ``points``, in C order, to the nearest True of ``others``; infinity from ``limit``."""
+    distances = np.zeros(np.count_nonzero(points))
+    apart = points & ~others
+    if apart.any():
+        # A tree takes time and memory for the surface alone. A distance map would for all of the box around it, which
+        # a single wrong voxel makes as large as the image.
+        tree = KDTree(np.argwhere(others) * spacing, balanced_tree=False, compact_nodes=False)
+        distances[apart[points]] = tree.query(np.argwhere(apart) * spacing, distance_upper_bound=limit)[0]
+    return distances
+
+
+def _surface_elements(mask: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
+    """(n + 1, ...) uint8: which voxels of each block are in the mask, a bit for each; 0 where there is no surface."""
+
+    def codes(mask: np.ndarray) -> np.ndarray:
+        padded = np.pad(mask, 1).view(np.uint8)
+        codes = np.zeros(np.add(mask.shape, 1), dtype=np.uint8)
+        for bit, corner in enumerate(np.ndindex((2,) * mask.ndim)):
+            codes |= padded[tuple(slice(c, c + n + 1) for c, n in zip(corner, mask.shape))] << bit
+        return codes
+
+    full = 2**2**mask.ndim - 1
+    if ignored is None or not ignored.any():
+        result = codes(mask)
+    else:
+        result = codes(mask | ignored)
+        result[codes(mask) == 0] = 0
+    result[result == full] = 0
+    return result
+
+
+@cache
+def element_areas(spacing: tuple[float, ...]) -> np.ndarray:
+    """(256,) area in mm² of the surface within a block of 2 x 2 x 2 voxels; in 2D, (16,) length in mm.
+
+    The index is the block's code: the bit i is set if its i-th voxel, in C order, is in the mask.
+    """
+    ndim = len(spacing)
+    # A line is an area over one more axis of length 1.
+    scale = np.array((1.0,) * (3 - ndim) + spacing)
+    areas = np.zeros(2**2**ndim)
+    for code in range(1, len(areas) - 1):
+        inside = np.array([code >> bit & 1 for bit in range(2**ndim)], dtype=float).reshape((2,) * ndim)
+        # Marching cubes (Lorensen and Cline 1987) triangulates up to four voxels; more are the complement of fewer.
+        block = np.broadcast_to(min(inside, 1 - inside, key=np.sum), (2, 2, 2)).copy()
+        vertices, faces, *_ = marching_cubes(block, 0.5, method="lorensen")
+        areas[code] = mesh_surface_area(vertices * scale, faces)
+    return areas
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics over cases, (K + 1, M) each: for K classes, and last for the mean over the classes.
+
+    Args:
+        mean: Over cases; in the last row the mean of the classes' means, as nnU-Net's foreground_mean.
+        sd: Standard deviation over cases (N - 1); in the last row, of the cases' means over their classes.
+        low, high: 95 % percentile bootstrap interval of the mean (Efron 1979), cases being drawn.
+        cases: How many have a value.
+    """
+
+    mean: np.ndarray
+    sd: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    cases: np.ndarray
+
+
+def summarize(values: np.ndarray) -> Summary:
+    """Of (N, K, M) values of N cases, K classes and M metrics; NaN is a value that is left out."""
+    with warnings.catch_warnings():
+        # Every value of a class may be left out.
+        warnings.simplefilter("ignore", RuntimeWarning)
+
+        def with_mean(by_class: np.ndarray) -> np.ndarray:
+            return np.concatenate((by_class, np.nanmean(by_class, axis=-2, keepdims=True)), axis=-2)
+
+        every = with_mean(values)
+        low, high = np.nanpercentile(with_mean(bootstrap_means(values)), (2.5, 97.5), axis=0)
+        cases = np.isfinite(every).sum(0)
+        sd = np.nanstd(every, axis=0, ddof=1)
+        # One case says nothing about others.
+        low, high = (np.where(cases > 1, bound, np.nan) for bound in (low, high))
+        return Summary(with_mean(np.nanmean(values, axis=0)), sd, low, high, cases)
+
+
+def bootstrap_means(values: np.ndarray) -> np.ndarray:
+    """(R, ...) means of (N, ...) values over R random draws of N cases with replacement; NaN is left out."""
+    flat = values.reshape(len(values), -1)
+    known = np.isfinite(flat)
+    drawn = np.random.default_rng(0).multinomial(len(flat), np.full(len(flat), 1 / len(flat)), RESAMPLES).astype(float)
+    with np.errstate(invalid="ignore"):
+        means = drawn @ np.where(known, flat, 0) / (drawn @ known)
+    return means.reshape(-1, *values.shape[1:])

@@ -1,0 +1,113 @@
+"""``pseudo_label rounds``: train members, predict unlabeled cases, select, and train again on more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_semiseg.datasets import Dataset, dataset_name
+from nnunet_semiseg.parallel import add_processes_argument
+from nnunet_semiseg.segmentations import Classes
+from pseudo_label.commands.select import add_rules, read_rules
+from pseudo_label.executors import LocalExecutor, SlurmExecutor
+from pseudo_label.rounds import Rounds, Settings
+from pseudo_label.scores import CONSENSUS, METRICS
+
+
+def add_arguments(parser):
+    parser.add_argument("-d", required=True, help="dataset id or name, with imagesUn or hidden labels")
+    parser.add_argument("-c", required=True, help="configuration")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans (default %(default)s)")
+    parser.add_argument("-o", type=Path, required=True, metavar="WORKDIR", help="folder of the state and of all rounds")
+    parser.add_argument(
+        "--members", nargs="+", required=True, metavar="TRAINER[:FOLD]", help="the models of the consensus; fold 0"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="how often the labeled set grows (default %(default)s)")
+    parser.add_argument("--consensus", choices=CONSENSUS, help="as for pseudo_label score (default: mean)")
+    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of the score (default %(default)s)")
+    parser.add_argument("--per-slice", action="store_true", help="average the score over slices")
+    add_rules(parser)
+    training = parser.add_argument_group("training")
+    training.add_argument("--finetune", action="store_true", help="start from the weights of the round before")
+    training.add_argument(
+        "--repeat-real",
+        type=int,
+        default=1,
+        metavar="N",
+        help="draw a labeled case N times as often as a pseudo-labeled one (default %(default)s)",
+    )
+    training.add_argument("--dataset-ids", type=int, nargs="+", default=[], metavar="ID", help="one for each round")
+    training.add_argument("--disable_tta", action="store_true", help="predict without mirroring: faster")
+    stop = parser.add_argument_group("stopping")
+    stop.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.0,
+        metavar="D",
+        help="stop when the members' mean validation Dice falls by more than this (default %(default)s)",
+    )
+    stop.add_argument("--allow-drift", action="store_true", help="go on although a class has drifted or is gone")
+    parser.add_argument(
+        "--annotate", type=int, default=5, metavar="N", help="cases to propose for annotation (default %(default)s)"
+    )
+    jobs = parser.add_argument_group("jobs")
+    jobs.add_argument("--executor", choices=("local", "slurm"), default="local", help="default %(default)s")
+    jobs.add_argument(
+        "--devices", nargs="+", default=["cuda:0"], help="local: one job each, such as cuda:0 cuda:1, or cpu"
+    )
+    jobs.add_argument(
+        "--parts", type=int, default=1, help="jobs that share a member's prediction (default %(default)s)"
+    )
+    jobs.add_argument("--partition", help="SLURM's")
+    jobs.add_argument("--gpus", type=int, default=1, help="SLURM: GPUs of a job; 0 for the CPU (default %(default)s)")
+    jobs.add_argument("--minutes", type=int, default=1440, help="SLURM: limit of a job (default %(default)s)")
+    jobs.add_argument("--retries", type=int, default=1, help="SLURM: of a failed job (default %(default)s)")
+    jobs.add_argument(
+        "--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="more options of sbatch, such as mem=64G"
+    )
+    add_processes_argument(parser)
+    parser.add_argument("--print-only", action="store_true", help="print the command lines, and do nothing")
+
+
+def run(args) -> None:
+    dataset = Dataset(dataset_name(args.d))
+    settings = Settings(
+        dataset=dataset.name,
+        configuration=args.c,
+        plans=args.p,
+        members=tuple(args.members),
+        rounds=args.rounds,
+        rules=read_rules(args, Classes.from_dataset_json(dataset.json)),
+        dataset_ids=tuple(args.dataset_ids),
+        consensus=args.consensus,
+        metric=args.metric,
+        per_slice=args.per_slice,
+        min_agreement=args.min_agreement,
+        finetune=args.finetune,
+        repeat_real=args.repeat_real,
+        max_drop=args.max_drop,
+        allow_drift=args.allow_drift,
+        annotate=args.annotate,
+        disable_tta=args.disable_tta,
+    )
+    rounds = Rounds(settings, args.o, _executor(args), args.parts, args.np)
+    if args.print_only:
+        print("\n".join(rounds.describe()))
+        return
+    print(f"Stopped: {rounds.run()}.")
+    for number, of in enumerate(rounds.manifest.rounds):
+        dice = ", ".join(f"{name} {value:.4f}" for name, value in of.get("validation", {}).items())
+        accepted = f", {len(of['accepted'])} cases accepted" if "accepted" in of else ""
+        print(f"Round {number} ({of['dataset']}{accepted}): {f'validation Dice {dice}' if dice else 'not trained'}")
+    print(f"Next: pseudo_label report {args.o}")
+
+
+def _executor(args):
+    if args.executor == "local":
+        return LocalExecutor(args.devices)
+    parameters = {}
+    for text in args.slurm:
+        name, equals, value = text.partition("=")
+        if not name:
+            raise ValueError(f"--slurm {text} is not NAME=VALUE, such as mem=64G")
+        parameters[name] = value if equals else True
+    return SlurmExecutor(args.o / "slurm", args.partition, args.gpus, args.minutes, parameters, args.retries)

@@ -1,0 +1,101 @@
+"""``pseudo_label score``: the consensus of several members' predictions, and how far they agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_semiseg.datasets import Dataset, dataset_name
+from nnunet_semiseg.parallel import add_processes_argument
+from nnunet_semiseg.segmentations import Classes
+from pseudo_label.scores import BOTH_EMPTY, CONSENSUS, METRICS, find_labels, score_members
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "-i",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="MEMBER_DIR",
+        help="two or more folders of label maps of the same cases, as nnUNetv2_predict writes them",
+    )
+    parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of consensus and scores")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument(
+        "-d", help="dataset id or name: its labels, and the volumes of its labeled cases to compare with"
+    )
+    labels.add_argument(
+        "--dataset-json",
+        type=Path,
+        metavar="FILE",
+        help="a dataset.json with the labels (default: the one in the first folder, else the labels found)",
+    )
+    parser.add_argument(
+        "--consensus",
+        choices=CONSENSUS,
+        help="mean of the probabilities, majority vote, or STAPLE (default: mean if all members have probabilities, "
+        "else majority)",
+    )
+    parser.add_argument("--per-slice", action="store_true", help="average over slices (default: the whole volume)")
+    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="default %(default)s")
+    parser.add_argument(
+        "--both-empty",
+        choices=BOTH_EMPTY,
+        default=BOTH_EMPTY[0],
+        help="a class that neither mask has: leave it out, or count it as 1 (default %(default)s)",
+    )
+    add_processes_argument(parser)
+    parser.add_argument("--overwrite", action="store_true", help="score again from the start")
+
+
+def run(args) -> None:
+    classes, labeled = _classes(args)
+    scores = score_members(
+        args.i,
+        args.o,
+        classes,
+        args.consensus,
+        args.per_slice,
+        args.metric,
+        args.both_empty,
+        labeled,
+        args.np,
+        args.overwrite,
+    )
+    empty = [case for case, score in scores.items() if score.score is None]
+    if empty:
+        print(f"No member has any foreground in {', '.join(empty)}: no score")
+    defined = {case: score.score for case, score in scores.items() if score.score is not None}
+    if defined:
+        lowest = min(defined, key=defined.get)
+        print(
+            f"Mean score of {len(defined)} cases: {sum(defined.values()) / len(defined):.3f}, lowest: "
+            f"{defined[lowest]:.3f} ({lowest})"
+        )
+    print(f"Written to {args.o}")
+
+
+def _classes(args) -> tuple[Classes, Path | None]:
+    """The classes, and the folder of the labeled cases' label maps if there is one."""
+    labeled = None
+    if args.d:
+        dataset = Dataset(dataset_name(args.d))
+        classes = Classes.from_dataset_json(dataset.json)
+        # nnU-Net keeps a copy beside the preprocessed data.
+        folders = (dataset.raw / "labelsTr", dataset.preprocessed / "gt_segmentations")
+        labeled = next((folder for folder in folders if folder.is_dir()), None)
+    elif args.dataset_json or (args.i[0] / "dataset.json").is_file():
+        classes = Classes.from_file(args.dataset_json or args.i[0] / "dataset.json")
+    else:
+        return find_labels(args.i, args.np), None
+    for member in args.i:
+        file = member / "dataset.json"
+        if file.is_file():
+            own = Classes.from_file(file)
+            # A member may know an ignore label, which it never predicts.
+            if (own.names, own.values, own.region_order) != (classes.names, classes.values, classes.region_order):
+                raise ValueError(
+                    f"{file} has the classes {', '.join(own.names)} with other names, values or order than "
+                    f"{', '.join(classes.names)}. Members must have the same labels, and -d or --dataset-json, too"
+                )
+    return classes, labeled

@@ -1,0 +1,116 @@
+"""``pseudo_label select``: which scored cases become training cases, and which a person should annotate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_semiseg.segmentations import Classes
+from pseudo_label.scores import read_scores
+from pseudo_label.selection import Rules, select, to_annotate
+from pseudo_label.selection_files import (
+    case_images,
+    export_for_annotation,
+    remove_selection,
+    scored_classes,
+    write_selection,
+)
+
+
+def add_rules(parser) -> None:
+    """The flags of Rules, which ``rounds`` has as well."""
+    rules = parser.add_argument_group("rules", "a case has to fulfill all that are given")
+    rules.add_argument("--threshold", type=float, metavar="T", help="lowest score (T itself is accepted)")
+    rules.add_argument(
+        "--class-threshold", nargs="+", type=_pair(float), default=[], metavar="NAME=T", help="lowest score of a class"
+    )
+    rules.add_argument(
+        "--max-volume-zscore",
+        type=float,
+        metavar="Z",
+        help="largest difference of a class's volume from the labeled cases', in standard deviations",
+    )
+    rules.add_argument(
+        "--max-components",
+        nargs="+",
+        type=_pair(int),
+        default=[],
+        metavar="NAME=N",
+        help="largest number of connected components of a class",
+    )
+    rules.add_argument("--top", type=int, metavar="K", help="at most the K best of the cases that fulfill the others")
+    rules.add_argument("--fraction", type=float, metavar="F", help="the same as a share of all scored cases")
+    rules.add_argument(
+        "--balanced", action="store_true", help="with --top or --fraction: the classes take turns in choosing"
+    )
+    parser.add_argument(
+        "--min-agreement",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="voxels of accepted cases on which a smaller share of the members agrees become the ignore label",
+    )
+
+
+def _pair(kind):
+    def pair(text: str):
+        name, equals, value = text.rpartition("=")
+        if not equals:
+            raise ValueError
+        return name, kind(value)
+
+    pair.__name__ = "NAME=VALUE"
+    return pair
+
+
+def read_rules(args, classes: Classes) -> Rules:
+    """Raises ValueError if a rule cannot be applied."""
+    rules = Rules(
+        args.threshold,
+        dict(args.class_threshold),
+        args.max_volume_zscore,
+        dict(args.max_components),
+        args.top,
+        args.fraction,
+        args.balanced,
+    )
+    rules.check(classes.names)
+    if not 0 <= args.min_agreement <= 1:
+        raise ValueError(f"--min-agreement {args.min_agreement:g} is not between 0 and 1")
+    return rules
+
+
+def add_arguments(parser):
+    parser.add_argument("-i", type=Path, required=True, metavar="SCORED", help="folder that pseudo_label score wrote")
+    parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of the decisions and label maps")
+    add_rules(parser)
+    annotate = parser.add_argument_group("annotation by a person")
+    annotate.add_argument(
+        "--annotate", type=int, metavar="N", help="also list the N cases whose annotation should help most"
+    )
+    annotate.add_argument("--images", type=Path, help="folder of the images (CASE_0000...), to open with these cases")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier selection in OUT")
+
+
+def run(args) -> None:
+    classes, scores = scored_classes(args.i), read_scores(args.i)
+    rules = read_rules(args, classes)
+    images = None
+    if args.annotate is not None:
+        if args.annotate < 1:
+            raise ValueError(f"--annotate {args.annotate} is not a number of cases. Use 1 or more")
+        if args.images is None:
+            raise ValueError("--annotate needs the images as well: --images FOLDER")
+        images = case_images(args.images, scores)
+    if args.overwrite:
+        remove_selection(args.o)
+    elif args.o.exists() and any(args.o.iterdir()):
+        raise FileExistsError(f"{args.o} is not empty. Choose another -o, or replace what is there with --overwrite")
+    decisions = select(scores, rules)
+    write_selection(args.i, args.o, decisions, scores, classes, args.min_agreement)
+    accepted = [case for case, decision in decisions.items() if decision.accepted]
+    print(f"{len(accepted)} of {len(decisions)} cases are accepted. Label maps: {args.o / 'labels'}")
+    print(f"Reasons: {args.o / 'selection.csv'}")
+    if images is not None:
+        chosen = to_annotate(scores, args.annotate)
+        export_for_annotation(args.i, args.o / "annotate", chosen, scores, images, classes)
+        print(f"To annotate next, most useful first: {', '.join(chosen)}. Open {args.o / 'annotate'}")

@@ -1,0 +1,97 @@
+"""The state of rounds on disk: what was asked for, and which steps are done."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from nnunet_semiseg import __version__
+from nnunet_semiseg.files import write_json
+
+# What a later call may change: more rounds, and to go on after a drift.
+MAY_CHANGE = ("rounds", "allow_drift")
+
+
+@dataclass
+class Manifest:
+    """``manifest.json`` of a work folder; every change is written at once, as a whole.
+
+    Args:
+        file: Where it is.
+        arguments: Those that decide what comes out, by name.
+        rounds: For each round what is known of it: "dataset", "steps" with the finished ones, and what steps record.
+        stopped: Why no further round follows, or None.
+        versions: Of the packages that the first call used.
+    """
+
+    file: Path
+    arguments: dict
+    rounds: list[dict] = field(default_factory=list)
+    stopped: str | None = None
+    versions: dict = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, file: Path, arguments: dict) -> Manifest:
+        """The manifest in the file, or a new one, which is not written yet.
+
+        Raises:
+            ValueError: if the file is of a call with other arguments, naming the first that differs, or is damaged.
+        """
+        if not file.is_file():
+            return cls(file, arguments, versions=_versions())
+        manifest = cls.read(file)
+        for name in {**manifest.arguments, **arguments}:
+            before, now = (json.loads(json.dumps(a.get(name))) for a in (manifest.arguments, arguments))
+            if before != now and name not in MAY_CHANGE:
+                raise ValueError(
+                    f"{file} is of a call with {name} {json.dumps(before)}, not {json.dumps(now)}. Continue with the "
+                    "arguments of that call, or choose another -o"
+                )
+        if arguments["rounds"] < len(manifest.rounds) - 1:
+            raise ValueError(f"{file} is in round {len(manifest.rounds) - 1} already. Use --rounds of that or more")
+        if any(manifest.arguments[name] != arguments[name] for name in MAY_CHANGE):
+            manifest.stopped = None
+        manifest.arguments = arguments
+        return manifest
+
+    @classmethod
+    def read(cls, file: Path) -> Manifest:
+        """Raises FileNotFoundError or ValueError, naming the file, if there is none or it is damaged."""
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing. Give the folder that pseudo_label rounds has as -o")
+        try:
+            return cls(file, **json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}). Restore it, or choose another -o") from None
+
+    def write(self) -> None:
+        write_json(self.file, {key: value for key, value in vars(self).items() if key != "file"})
+
+    def is_done(self, number: int, step: str) -> bool:
+        return len(self.rounds) > number and step in self.rounds[number]["steps"]
+
+    @contextmanager
+    def step(self, number: int, step: str):
+        """Its body does the step and may put what it found into the round, which is given; then the step is done."""
+        start = time.time()
+        of = self.rounds[number]
+        yield of
+        of["steps"][step] = {
+            "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "minutes": round((time.time() - start) / 60, 2),
+        }
+        self.write()
+
+
+def _versions() -> dict[str, str]:
+    found = {"nnunet-semiseg": __version__}
+    for package in ("nnunetv2", "torch", "numpy", "SimpleITK"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,227 @@
+"""The nnU-Net dataset of the next round: the labeled cases, and pseudo-labeled ones among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_semiseg.data.preprocessing import SUFFIXES, preprocess_cases
+from nnunet_semiseg.data.unlabeled import store_folder
+from nnunet_semiseg.datasets import CaseError, Dataset
+from nnunet_semiseg.files import link, write_json
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The cases of round 0, for the folds of its members.
+
+    Args:
+        labeled: {case: (its channel files, its label map)} of the training and validation cases of all folds.
+        unlabeled: {case: its channel files}, of imagesUn and those with hidden labels.
+        folds: {fold: {"train": cases, "val": cases}}.
+    """
+
+    labeled: dict[str, tuple[list[Path], Path]]
+    unlabeled: dict[str, list[Path]]
+    folds: dict[int, dict[str, list[str]]]
+
+    @property
+    def training(self) -> list[str]:
+        """The labeled cases that a member trains on, of all folds."""
+        return sorted({case for fold in self.folds.values() for case in fold["train"]})
+
+
+def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
+    """Of a dataset that is planned and preprocessed.
+
+    Raises:
+        FileNotFoundError, ValueError, CaseError: naming what is missing, a case that is labeled and unlabeled, or folds
+            that hide different labels.
+    """
+    labeled = {
+        case: ([Path(file) for file in files["images"]], Path(files["label"]))
+        for case, files in get_filenames_of_train_images_and_targets(str(dataset.raw), dataset.json).items()
+    }
+    splits_file = dataset.preprocessed / "splits_final.json"
+    if splits_file.is_file():
+        splits = json.loads(splits_file.read_text())
+    else:
+        # As nnU-Net makes it with the first training.
+        splits = generate_crossval_split(sorted(labeled), seed=12345, n_splits=5)
+    absent = [fold for fold in folds if fold >= len(splits)]
+    if absent:
+        raise ValueError(f"{splits_file} has {len(splits)} folds, so there is no fold {absent[0]}. They count from 0")
+    chosen = {fold: splits[fold] for fold in folds}
+    hidden = [sorted(split.get("unlabeled", [])) for split in chosen.values()]
+    if any(cases != hidden[0] for cases in hidden):
+        raise ValueError(
+            f"{splits_file}: the folds {', '.join(map(str, folds))} hide the labels of different cases, so that one "
+            "member's unlabeled case is another's labeled one. Use members of the same fold"
+        )
+    unknown = sorted({c for split in chosen.values() for k in ("train", "val") for c in split[k]} - set(labeled))
+    if unknown:
+        raise CaseError(f"{splits_file} names {unknown[0]}, which is not in {dataset.raw / 'imagesTr'}")
+    unlabeled = {case: labeled[case][0] for case in hidden[0]}
+    if (dataset.raw / "imagesUn").is_dir() or not unlabeled:
+        more = dataset.images("imagesUn")
+        both = sorted(set(more) & set(labeled))
+        if both:
+            raise CaseError(f"Case {both[0]} is in imagesUn and also labeled. Remove or rename it in imagesUn")
+        unlabeled.update(more)
+    return Cases(
+        labeled={case: files for case, files in labeled.items() if case not in hidden[0]},
+        unlabeled=dict(sorted(unlabeled.items())),
+        folds={fold: {key: sorted(map(str, split[key])) for key in ("train", "val")} for fold, split in chosen.items()},
+    )
+
+
+def free_ids(first: int, number: int) -> list[int]:
+    """The lowest dataset ids from ``first`` on that no folder of nnU-Net uses."""
+    used = used_ids()
+    found = []
+    while len(found) < number:
+        if first not in used:
+            found.append(first)
+        first += 1
+    return found
+
+
+def used_ids() -> set[int]:
+    return {
+        int(folder.name[7:10])
+        for variable in (nnUNet_raw, nnUNet_preprocessed, nnUNet_results)
+        if variable.is_set()
+        for folder in Path(str(variable)).glob("Dataset[0-9][0-9][0-9]_*")
+    }
+
+
+@dataclass(frozen=True)
+class NextDataset:
+    """What a round adds to the one before.
+
+    Args:
+        first: The dataset of round 0: its plans, fingerprint and labels count.
+        previous: The dataset of the round before, whose preprocessed cases are linked.
+        name: ``Dataset504_Name``.
+        cases: Of round 0.
+        pseudo: {case: label map} of all accepted cases, of this and earlier rounds.
+        provenance: {case: what dataset.json tells about its pseudo label}.
+        ignore: The ignore label, if pseudo labels have one.
+        plans_name, configuration_name: Of the members.
+        repeat_real: How often a labeled case stands in a fold's training cases. nnU-Net draws cases with equal
+            probability, so it is drawn that many times as often as a pseudo-labeled one.
+        processes: For preprocessing.
+    """
+
+    first: Dataset
+    previous: Dataset
+    name: str
+    cases: Cases
+    pseudo: Mapping[str, Path]
+    provenance: Mapping[str, dict]
+    ignore: int | None
+    plans_name: str
+    configuration_name: str
+    repeat_real: int
+    processes: int
+
+    @property
+    def remaining(self) -> dict[str, list[Path]]:
+        """The unlabeled cases that have no pseudo label."""
+        return {case: files for case, files in self.cases.unlabeled.items() if case not in self.pseudo}
+
+    def build(self) -> None:
+        """Make the raw dataset and the preprocessed one; what an earlier call has finished is kept.
+
+        Raises:
+            CaseError: if cases cannot be preprocessed; one line for each was printed.
+        """
+        dataset = Dataset(self.name)
+        self._build_raw(dataset)
+        self._build_preprocessed(dataset)
+
+    def _labels(self) -> dict:
+        labels = dict(self.first.json["labels"])
+        return {**labels, "ignore": self.ignore} if self.ignore is not None else labels
+
+    def _build_raw(self, dataset: Dataset) -> None:
+        if dataset.raw.is_dir():
+            return
+        unfinished = dataset.raw.with_name(f".unfinished_{self.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        ending = self.first.file_ending
+
+        def put(case: str, files: list[Path], folder: str) -> None:
+            for channel, file in enumerate(files):
+                link(file, unfinished / folder / f"{case}_{channel:04d}{ending}")
+
+        for case, (files, label) in self.cases.labeled.items():
+            put(case, files, "imagesTr")
+            link(label, unfinished / "labelsTr" / f"{case}{ending}")
+        for case, label in self.pseudo.items():
+            put(case, self.cases.unlabeled[case], "imagesTr")
+            link(label, unfinished / "labelsTr" / f"{case}{ending}")
+        for case, files in self.remaining.items():
+            put(case, files, "imagesUn")
+        description = {key: value for key, value in self.first.json.items() if key != "dataset"}
+        description |= {
+            "labels": self._labels(),
+            "numTraining": len(self.cases.labeled) + len(self.pseudo),
+            "pseudo_labels": dict(self.provenance),
+        }
+        write_json(unfinished / "dataset.json", description)
+        os.replace(unfinished, dataset.raw)
+
+    def _build_preprocessed(self, dataset: Dataset) -> None:
+        folder = dataset.preprocessed
+        shutil.copyfile(dataset.raw / "dataset.json", _made(folder / "dataset.json"))
+        shutil.copyfile(self.first.preprocessed / "dataset_fingerprint.json", folder / "dataset_fingerprint.json")
+        plans = json.loads((self.first.preprocessed / f"{self.plans_name}.json").read_text())
+        write_json(folder / f"{self.plans_name}.json", {**plans, "dataset_name": self.name})
+        write_json(folder / "splits_final.json", self._splits())
+        for file in sorted((dataset.raw / "labelsTr").iterdir()):
+            link(file, folder / "gt_segmentations" / file.name)
+
+        data = dataset.plans(self.plans_name).get_configuration(self.configuration_name).data_identifier
+        before = self.previous.preprocessed / data
+        self._link(before, folder / data, self.cases.labeled)
+        if self.previous.name != self.first.name:
+            # What the first dataset has under these names are the labels that its fold hides.
+            self._link(before, folder / data, self.pseudo)
+        self._link(store_folder(before), store_folder(folder / data), self.remaining)
+        raw_labels = {case: dataset.raw / "labelsTr" / f"{case}{self.first.file_ending}" for case in self.pseudo}
+        arguments = (dataset, self.plans_name, self.configuration_name)
+        pseudo = {case: self.cases.unlabeled[case] for case in self.pseudo}
+        failures = preprocess_cases(*arguments, pseudo, folder / data, self.processes, raw_labels)
+        failures += preprocess_cases(*arguments, self.remaining, store_folder(folder / data), self.processes)
+        if failures:
+            raise CaseError("\n".join([*failures, f"{len(failures)} cases could not be preprocessed. Mend them"]))
+
+    def _link(self, source: Path, target: Path, cases) -> None:
+        """Link preprocessed cases that the round before has, the file that says that a case is complete last."""
+        for case in cases:
+            if (source / f"{case}.pkl").is_file() and not (target / f"{case}.pkl").exists():
+                for suffix in SUFFIXES:
+                    if (source / f"{case}{suffix}").exists():
+                        link(source / f"{case}{suffix}", target / f"{case}{suffix}")
+
+    def _splits(self) -> list[dict]:
+        """The folds of round 0 with more training cases; a fold that no member has is the first one that one has."""
+        splits = []
+        for fold in range(max(self.cases.folds) + 1):
+            of = self.cases.folds.get(fold) or next(iter(self.cases.folds.values()))
+            splits.append({"train": of["train"] * self.repeat_real + sorted(self.pseudo), "val": of["val"]})
+        return splits
+
+
+def _made(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file

@@ -1,0 +1,496 @@
+"""Rounds of training that grow the labeled set by consensus (FLARE22 two-stage method, "Pseudo labeling")."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunet_semiseg.datasets import CaseError, Dataset
+from nnunet_semiseg.files import link
+from nnunet_semiseg.segmentations import Classes, read_labels
+from nnunet_semiseg.trainers.options import OptionError
+from nnunet_semiseg.trainers.registry import find_trainer
+from pseudo_label.executors import Failure, Job
+from pseudo_label.manifest import Manifest
+from pseudo_label.next_dataset import NextDataset, free_ids, read_cases, used_ids
+from pseudo_label.scores import CaseScore, read_scores, score_members
+from pseudo_label.selection import Rules, select, to_annotate
+from pseudo_label.selection_files import export_for_annotation, ignore_value, write_selection
+
+# A class whose share of the foreground changes by more than this factor has drifted.
+DRIFT_FACTOR = 2.0
+STEPS = ("predict", "score", "select", "build", "train")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the models of a consensus.
+
+    Args:
+        trainer: For ``nnUNetv2_train -tr``.
+        fold: nnU-Net's.
+    """
+
+    trainer: str
+    fold: int
+
+    @classmethod
+    def of(cls, text: str) -> Member:
+        """``TRAINER`` or ``TRAINER:FOLD``; fold 0 without one.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        trainer, colon, fold = text.partition(":")
+        if colon and not fold.isdigit():
+            raise ValueError(
+                f"The fold of member {text} is not a number. A member is TRAINER or TRAINER:FOLD; fold 'all' has no "
+                "validation cases that tell whether a round helped"
+            )
+        try:
+            known = find_trainer(trainer)
+        except OptionError as error:
+            raise ValueError(f"Member {text}: {error}") from None
+        if known is None:
+            try:
+                recursive_find_trainer_class_by_name(trainer)
+            except RuntimeError:
+                raise ValueError(
+                    f"nnU-Net finds no trainer {trainer}. nnunet_semiseg trainers lists those of this package"
+                ) from None
+        return cls(trainer, int(fold or 0))
+
+    @property
+    def name(self) -> str:
+        return f"{self.trainer}_fold{self.fold}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the outcome of rounds; kept in the manifest.
+
+    Args:
+        dataset: Of round 0, ``Dataset501_Name``.
+        members: Two or more, all different.
+        rounds: How often the labeled set grows, at most.
+        dataset_ids: Of the rounds' datasets; empty for free ones.
+        min_agreement: Voxels with less agreement become the ignore label; 0 for none.
+        finetune: A round starts from the weights of the one before, rather than anew.
+        repeat_real: How often a labeled case counts as one with a pseudo label.
+        max_drop: By how much the members' mean validation Dice may fall from a round to the next.
+        allow_drift: Go on although a class has drifted or is gone.
+        annotate: How many cases to propose for annotation in each round.
+    """
+
+    dataset: str
+    configuration: str
+    plans: str
+    members: tuple[str, ...]
+    rounds: int
+    rules: Rules
+    dataset_ids: tuple[int, ...] = ()
+    consensus: str | None = None
+    metric: str = "dice"
+    per_slice: bool = False
+    min_agreement: float = 0.0
+    finetune: bool = False
+    repeat_real: int = 1
+    max_drop: float = 0.0
+    allow_drift: bool = False
+    annotate: int = 5
+    disable_tta: bool = False
+
+
+class Rounds:
+    """A work folder with a manifest, and the datasets and trainings that belong to it.
+
+    A step is done when its output is complete and the manifest says so; one that was killed is done again from its
+    inputs, and finds what it had finished. Nothing is deleted.
+
+    Args:
+        settings: Those of the first call, except for more rounds and ``allow_drift``.
+        folder: The work folder.
+        executor: Runs trainings and predictions.
+        parts: Into how many jobs a member's prediction is cut.
+        processes: For scoring and preprocessing.
+
+    Raises:
+        ValueError, FileNotFoundError, CaseError: naming what cannot be used.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, executor, parts: int, processes: int):
+        self.settings = s = settings
+        self.folder, self.executor, self.parts, self.processes = folder.resolve(), executor, parts, processes
+        self.members = [Member.of(text) for text in s.members]
+        if len(self.members) < 2:
+            raise ValueError("One member agrees with itself always. Give two or more --members")
+        twice = [m for i, m in enumerate(self.members) if m in self.members[:i]]
+        if twice:
+            raise ValueError(f"Member {twice[0].name} is given twice. Use another fold, or another _seed=")
+        for name, lowest in (("rounds", 1), ("repeat_real", 1), ("annotate", 0)):
+            if getattr(s, name) < lowest:
+                raise ValueError(f"{name} is {getattr(s, name)}. Use {lowest} or more")
+        if parts < 1:
+            raise ValueError(f"parts is {parts}. Use 1 or more")
+        self.first = Dataset(s.dataset)
+        self.classes = Classes.from_dataset_json(self.first.json)
+        s.rules.check(self.classes.names)
+        plans = self.first.plans(s.plans)
+        if s.configuration not in plans.available_configurations:
+            raise ValueError(
+                f"{s.plans} has no configuration {s.configuration}. It has {', '.join(plans.available_configurations)}"
+            )
+        self.cases = read_cases(self.first, sorted({member.fold for member in self.members}))
+        self.manifest = Manifest.open(self.folder / "manifest.json", json.loads(json.dumps(asdict(s))))
+        if s.dataset_ids and len(s.dataset_ids) != s.rounds:
+            raise ValueError(f"{len(s.dataset_ids)} dataset ids for {s.rounds} rounds. Give one for each")
+        own = {int(of["dataset"][7:10]) for of in self.manifest.rounds}
+        taken = sorted(set(s.dataset_ids) & (used_ids() - own))
+        if taken:
+            raise ValueError(f"The dataset id {taken[0]} is taken. Use another one, or leave --dataset-ids out")
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def run(self) -> str:
+        """Do what is left to do; returns why the rounds stopped.
+
+        Raises:
+            RuntimeError: with the ends of the logs, if trainings or predictions failed; a further call continues.
+            CaseError, OSError: naming the case or file.
+        """
+        manifest = self.manifest
+        if not manifest.rounds:
+            manifest.rounds.append({"dataset": self.first.name, "steps": {}})
+            manifest.write()
+        if not manifest.is_done(0, "train"):
+            with manifest.step(0, "train") as of:
+                of["validation"] = self._train(0)
+        while manifest.stopped is None:
+            number = len(manifest.rounds) - 1
+            if manifest.is_done(number, "train"):
+                if number >= self.settings.rounds:
+                    self._stop(f"All {number} rounds are done")
+                    break
+                number += 1
+                manifest.rounds.append({"dataset": self._next_name(number), "steps": {}})
+                manifest.write()
+            self._round(number)
+        return manifest.stopped
+
+    def _round(self, number: int) -> None:
+        """The steps of a round that are not done; it may stop the rounds."""
+        for step in STEPS:
+            if not self.manifest.is_done(number, step):
+                print(f"Round {number}: {step}", flush=True)
+                with self.manifest.step(number, step) as of:
+                    getattr(self, f"_{step}_step")(number, of)
+            reason = self._reason_to_stop(number, step)
+            if reason:
+                self._stop(reason)
+                return
+
+    def _stop(self, reason: str) -> None:
+        self.manifest.stopped = reason
+        self.manifest.write()
+
+    def _reason_to_stop(self, number: int, step: str) -> str | None:
+        of = self.manifest.rounds[number]
+        if step == "score" and of["drift"] and not self.settings.allow_drift:
+            return (
+                f"The classes drift in round {number}: {'; '.join(of['drift'])}. Look at {self.round_folder(number)}; "
+                "--allow-drift goes on"
+            )
+        if step == "select" and not of["accepted"]:
+            return f"No case is accepted in round {number}"
+        if step == "build" and of["remaining"] == 0 and self._members_that_need_unlabeled():
+            return (
+                f"Every case has a pseudo label after round {number}, and nothing is left for "
+                f"{', '.join(self._members_that_need_unlabeled())} to learn from unlabeled. {of['dataset']} has them "
+                f"all: nnUNetv2_train {of['dataset']} {self.settings.configuration} 0 -p {self.settings.plans}"
+            )
+        if step == "train":
+            before, now = (_mean(self.manifest.rounds[i]["validation"]) for i in (number - 1, number))
+            if now < before - self.settings.max_drop:
+                return (
+                    f"The members' mean validation Dice fell from {before:.4f} to {now:.4f} in round {number}: the "
+                    f"models of round {number - 1} are the better ones"
+                )
+            if of["remaining"] == 0:
+                return f"Every case has a pseudo label after round {number}"
+        return None
+
+    def _members_that_need_unlabeled(self) -> list[str]:
+        return [member.trainer for member in self.members if find_trainer(member.trainer) is not None]
+
+    # ----------------------------------------------------------------------------------------------------- the steps
+
+    def _train_step(self, number: int, of: dict) -> None:
+        of["validation"] = self._train(number)
+
+    def _train(self, number: int) -> dict[str, float]:
+        """Train the members that are not trained; returns {member: nnU-Net's mean foreground Dice on its fold}."""
+        self._run([self._training(number, m) for m in self.members if not self._summary(number, m).is_file()])
+        found = {}
+        for member in self.members:
+            file = self._summary(number, member)
+            if not file.is_file():
+                raise RuntimeError(
+                    f"The training of {member.name} left no {file}. Its log: {self._log(number, member)}"
+                )
+            found[member.name] = json.loads(file.read_text())["foreground_mean"]["Dice"]
+        return found
+
+    def _predict_step(self, number: int, of: dict) -> None:
+        images = self.round_folder(number) / "images"
+        remaining = self._next(number).remaining
+        for case, files in remaining.items():
+            for channel, file in enumerate(files):
+                link(file, images / f"{case}_{channel:04d}{self.first.file_ending}")
+        waiting = [member for member in self.members if self._unpredicted(number, member, remaining)]
+        self._run([job for member in waiting for job in self._predictions(number, member)])
+        for member in self.members:
+            missing = self._unpredicted(number, member, remaining)
+            if missing:
+                raise RuntimeError(
+                    f"The prediction of {member.name} left no {missing[0]} in {self._predicted(number, member)}. Its "
+                    f"logs: {self.round_folder(number) / 'logs'}"
+                )
+        of["predicted"] = len(remaining)
+
+    def _score_step(self, number: int, of: dict) -> None:
+        scores = score_members(
+            [self._predicted(number, member) for member in self.members],
+            self.scored(number),
+            self.classes,
+            self.settings.consensus,
+            self.settings.per_slice,
+            self.settings.metric,
+            labeled=self._labels_of_training_cases(),
+            processes=self.processes,
+        )
+        of["drift"] = self._drift(number, scores)
+        of["mean_score"] = _mean({c: s.score for c, s in scores.items() if s.score is not None})
+
+    def _select_step(self, number: int, of: dict) -> None:
+        scores, s = self._scores(number), self.settings
+        decisions = select(scores, s.rules)
+        folder = self.round_folder(number) / "selection"
+        write_selection(self.scored(number), folder, decisions, scores, self.classes, s.min_agreement)
+        of["accepted"] = [case for case, decision in decisions.items() if decision.accepted]
+        left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
+        of["annotate"] = to_annotate(left, s.annotate)
+        if of["annotate"]:
+            images = {case: self.cases.unlabeled[case] for case in of["annotate"]}
+            export_for_annotation(
+                self.scored(number), folder / "annotate", of["annotate"], scores, images, self.classes
+            )
+
+    def _build_step(self, number: int, of: dict) -> None:
+        following = self._next(number)
+        following.build()
+        of["remaining"] = len(following.remaining)
+
+    # ------------------------------------------------------------------------------------------------- drift of classes
+
+    def _drift(self, number: int, scores: dict[str, CaseScore]) -> list[str]:
+        """What is suspicious about the classes' shares of the foreground: one line for each class, empty if nothing is.
+
+        Round 1 is compared with the labeled cases, a later one with the round before, on the cases that both have: the
+        cases that are left are harder ones, which is no drift.
+        """
+        volumes = {case: {k: own.volume_mm3 for k, own in score.classes.items()} for case, score in scores.items()}
+        if number == 1:
+            what = "the labeled cases"
+            file = self.scored(1) / "labeled_volumes.json"
+            before, now = list(json.loads(file.read_text()).values()), list(volumes.values())
+        else:
+            what = f"round {number - 1}"
+            former = self._scores(number - 1)
+            before = [{k: own.volume_mm3 for k, own in former[case].classes.items()} for case in scores]
+            now = list(volumes.values())
+        found = []
+        shares_before, shares = _shares(before), _shares(now)
+        for name, share in shares.items():
+            if share == 0 and shares_before[name] > 0:
+                found.append(f"no case has {name}")
+            elif shares_before[name] > 0 and not 1 / DRIFT_FACTOR <= share / shares_before[name] <= DRIFT_FACTOR:
+                found.append(f"{name} is {share:.1%} of the foreground, in {what} it is {shares_before[name]:.1%}")
+        return found
+
+    def _labels_of_training_cases(self) -> Path:
+        """A folder of links: the volumes of hidden and of validation cases are none of the rounds' business."""
+        folder = self.folder / "labeled"
+        for case in self.cases.training:
+            label = self.cases.labeled[case][1]
+            link(label, folder / f"{case}{self.first.file_ending}")
+        return folder
+
+    # ---------------------------------------------------------------------------------------------- names and commands
+
+    def round_folder(self, number: int) -> Path:
+        return self.folder / f"round_{number}"
+
+    def scored(self, number: int) -> Path:
+        return self.round_folder(number) / "scores"
+
+    def _predicted(self, number: int, member: Member) -> Path:
+        return self.round_folder(number) / "members" / member.name
+
+    def _log(self, number: int, member: Member) -> Path:
+        return self.round_folder(number) / "logs" / f"train_{member.name}.log"
+
+    def _scores(self, number: int) -> dict[str, CaseScore]:
+        return read_scores(self.scored(number))
+
+    def _next_name(self, number: int) -> str:
+        first_id, _, name = self.first.name[len("Dataset") :].partition("_")
+        ids = self.settings.dataset_ids
+        own = ids[number - 1] if ids else free_ids(int(first_id) + 1, 1)[0]
+        return f"Dataset{own:03d}_{name}_round{number}"
+
+    def _next(self, number: int) -> NextDataset:
+        """The dataset that round ``number`` makes, as far as the manifest knows it."""
+        rounds = self.manifest.rounds
+        pseudo, provenance = {}, {}
+        for i in range(1, number + 1):
+            for case in rounds[i].get("accepted", []):
+                pseudo[case] = self.round_folder(i) / "selection" / "labels" / f"{case}{self.first.file_ending}"
+                provenance[case] = {
+                    "round": i,
+                    "score": self._scores(i)[case].score,
+                    "members": [member.name for member in self.members],
+                }
+        return NextDataset(
+            first=self.first,
+            previous=Dataset(rounds[number - 1]["dataset"]),
+            name=rounds[number]["dataset"],
+            cases=self.cases,
+            pseudo=pseudo,
+            provenance=provenance,
+            ignore=ignore_value(self.classes) if self.settings.min_agreement > 0 else None,
+            plans_name=self.settings.plans,
+            configuration_name=self.settings.configuration,
+            repeat_real=self.settings.repeat_real,
+            processes=self.processes,
+        )
+
+    def _fold_folder(self, number: int, member: Member) -> Path:
+        model = f"{member.trainer}__{self.settings.plans}__{self.settings.configuration}"
+        return Path(str(nnUNet_results)) / self.manifest.rounds[number]["dataset"] / model / f"fold_{member.fold}"
+
+    def _summary(self, number: int, member: Member) -> Path:
+        """nnU-Net's validation, which it writes at the very end of a training."""
+        return self._fold_folder(number, member) / "validation" / "summary.json"
+
+    def _training(self, number: int, member: Member) -> Job:
+        s, fold = self.settings, self._fold_folder(number, member)
+        command = ["nnUNetv2_train", self.manifest.rounds[number]["dataset"], s.configuration, str(member.fold)]
+        command += ["-tr", member.trainer, "-p", s.plans]
+        if s.finetune and number > 0 and not any(fold.glob("checkpoint_*.pth")):
+            weights = self._fold_folder(number - 1, member) / "checkpoint_final.pth"
+            command += ["-pretrained_weights", str(weights)]
+        else:
+            # Starts anew where there is nothing to continue.
+            command.append("--c")
+        return Job(f"train_{member.name}", tuple(command), self._log(number, member))
+
+    def _predictions(self, number: int, member: Member) -> list[Job]:
+        s = self.settings
+        command = ["nnUNetv2_predict", "-i", str(self.round_folder(number) / "images")]
+        command += ["-o", str(self._predicted(number, member)), "-d", self.manifest.rounds[number - 1]["dataset"]]
+        command += ["-c", s.configuration, "-tr", member.trainer, "-p", s.plans, "-f", str(member.fold)]
+        command += ["--continue_prediction"]
+        command += ["--save_probabilities"] if self._needs_probabilities else []
+        command += ["--disable_tta"] if s.disable_tta else []
+        jobs = []
+        for part in range(self.parts):
+            name = f"predict_{member.name}" + (f"_part{part}" if self.parts > 1 else "")
+            own = ("-num_parts", str(self.parts), "-part_id", str(part)) if self.parts > 1 else ()
+            jobs.append(Job(name, (*command, *own), self.round_folder(number) / "logs" / f"{name}.log"))
+        return jobs
+
+    @property
+    def _needs_probabilities(self) -> bool:
+        return self.settings.consensus in (None, "mean")
+
+    def _unpredicted(self, number: int, member: Member, cases) -> list[str]:
+        """The cases that a member has not predicted; a label map that a kill has cut off is removed."""
+        folder, ending = self._predicted(number, member), self.first.file_ending
+        missing = []
+        for case in cases:
+            file = folder / f"{case}{ending}"
+            try:
+                # nnU-Net writes the probabilities first.
+                read_labels(file, self.classes.known)
+            except CaseError:
+                file.unlink(missing_ok=True)
+                missing.append(case)
+        return missing
+
+    def _run(self, jobs: Sequence[Job]) -> None:
+        failures: list[Failure] = self.executor.run(jobs)
+        if failures:
+            raise RuntimeError("\n".join([*map(str, failures), "The same command continues after the cause is mended"]))
+
+    def describe(self) -> list[str]:
+        """The command lines of all rounds, in their order, as if no round stopped them early."""
+        s, manifest = self.settings, self.manifest
+        rounds = list(manifest.rounds)
+        try:
+            names = iter(free_ids(int(s.dataset[7:10]) + 1, s.rounds))
+            for number in range(len(rounds), s.rounds + 1):
+                name = s.dataset if number == 0 else self._next_name(number)
+                if number and not s.dataset_ids:
+                    name = f"Dataset{next(names):03d}{name[10:]}"
+                manifest.rounds.append({"dataset": name, "steps": {}})
+            lines = self.executor.describe([self._training(0, member) for member in self.members])
+            for number in range(1, s.rounds + 1):
+                folder = self.round_folder(number)
+                lines += [f"# Round {number}: link the images of the unlabeled cases in {folder / 'images'}"]
+                lines += self.executor.describe([job for m in self.members for job in self._predictions(number, m)])
+                lines.append(shlex.join(self._score_command(number)))
+                lines.append(shlex.join(self._select_command(number)))
+                lines.append(f"# Link and preprocess {manifest.rounds[number]['dataset']}")
+                lines += self.executor.describe([self._training(number, member) for member in self.members])
+            return lines
+        finally:
+            manifest.rounds = rounds
+
+    def _score_command(self, number: int) -> list[str]:
+        s = self.settings
+        command = ["pseudo_label", "score", "-d", s.dataset, "-o", str(self.scored(number)), "--metric", s.metric, "-i"]
+        command += [str(self._predicted(number, member)) for member in self.members]
+        command += ["--consensus", s.consensus] if s.consensus else []
+        return command + (["--per-slice"] if s.per_slice else [])
+
+    def _select_command(self, number: int) -> list[str]:
+        rules = self.settings.rules
+        command = ["pseudo_label", "select", "-i", str(self.scored(number))]
+        command += ["-o", str(self.round_folder(number) / "selection")]
+        for flag in ("threshold", "max_volume_zscore", "top", "fraction"):
+            if getattr(rules, flag) is not None:
+                command += [f"--{flag.replace('_', '-')}", f"{getattr(rules, flag):g}"]
+        pairs = {"--class-threshold": rules.class_thresholds, "--max-components": rules.max_components}
+        for flag, values in pairs.items():
+            command += [flag, *(f"{name}={value:g}" for name, value in values.items())] if values else []
+        command += ["--balanced"] if rules.balanced else []
+        minimum = self.settings.min_agreement
+        return command + (["--min-agreement", f"{minimum:g}"] if minimum else [])
+
+
+def _mean(values) -> float | None:
+    values = list(values.values() if isinstance(values, dict) else values)
+    return sum(values) / len(values) if values else None
+
+
+def _shares(volumes: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each class's share of the sum of all classes' volumes over cases."""
+    totals = {name: sum(of[name] for of in volumes) for name in volumes[0]}
+    everything = sum(totals.values())
+    return {name: total / everything if everything else 0.0 for name, total in totals.items()}

@@ -13,7 +13,8 @@ folder=${SLURM_SINGLE_MACHINE:-/tmp/slurm_single_machine}
 export SLURM_CONF=$folder/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 cannot() { echo "Slurm cannot run here: $*" >&2; exit 75; }
 
-running() { [[ -f $SLURM_CONF ]] && sinfo -h -o %T 2>/dev/null | grep -qE '^(idle|mixed|allocated|completing)$'; }
+# sinfo itself would wait for minutes.
+running() { [[ -f $SLURM_CONF ]] && timeout 5 sinfo -h -o %T 2>/dev/null | grep -qE '^(idle|mixed|allocated|completing)$'; }
 
 # The number could be another process's by now; one that has ended, and is not yet collected, has no command line.
 is_alive() { tr '\0' ' ' 2>/dev/null < "/proc/$2/cmdline" | grep -q "$1"; }
@@ -22,8 +23,8 @@ stop() {
     # Nobody else's folder is removed.
     [[ -f $SLURM_CONF && $(head -n 1 "$SLURM_CONF") == ClusterName=single_machine ]] || return 0
     if running; then
-        scancel --user="$(id -un)" || true
-        for _ in {1..50}; do [[ -z $(squeue -h 2>/dev/null) ]] && break; sleep 0.1; done
+        timeout 10 scancel --user="$(id -un)" || true
+        for _ in {1..50}; do [[ -z $(timeout 5 squeue -h 2>/dev/null) ]] && break; sleep 0.1; done
     fi
     local daemon pid
     for daemon in slurmd slurmctld munged; do
@@ -92,12 +93,16 @@ PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 END
     echo "NodeName=$host Name=gpu File=/dev/null" > "$folder/gres.conf"
     (umask 077 && head -c 1024 /dev/urandom > "$folder/munge.key")
+    local started=true deadline=$((SECONDS + 30))
     {
         munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
             --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed" &&
             slurmctld && slurmd
-    } > "$folder/start.log" 2>&1 || true
-    for _ in {1..300}; do running && return; sleep 0.1; done
+    } > "$folder/start.log" 2>&1 || started=false
+    while $started && ((SECONDS < deadline)); do
+        running && return
+        sleep 0.1
+    done
     local reason
     reason=$(cat "$folder"/{start,munged,slurmctld,slurmd}.log 2>/dev/null | grep -E 'fatal|Error' | tail -n 1) || true
     stop

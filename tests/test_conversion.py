@@ -104,11 +104,12 @@ def test_labels_are_renamed_by_name_and_only_changed_files_are_copied(raw, downl
     description = json.loads((dataset / "dataset.json").read_text())
     assert description["labels"] == {"background": 0, "core": 1, "ball": 2}
     assert description["channel_names"] == {"0": "CT"} and description["numTraining"] == 6
-    new = voxels(dataset / "labelsTr" / "a_1.nii.gz")
-    assert new.dtype == np.uint8
-    assert np.array_equal(new == 1, label == 2) and np.array_equal(new == 2, label == 1)
-    assert (dataset / "imagesTr" / "a_1_0000.nii.gz").is_symlink()
-    assert not (dataset / "labelsTr" / "a_1.nii.gz").is_symlink()
+    for case, old in (("a_1", label), ("a_2", voxels(download / "labels" / "a_2.nii.gz"))):
+        new = voxels(dataset / "labelsTr" / f"{case}.nii.gz")
+        assert new.dtype == np.uint8
+        assert np.array_equal(new == 1, old == 2) and np.array_equal(new == 2, old == 1)
+        assert (dataset / "imagesTr" / f"{case}_0000.nii.gz").is_symlink()
+        assert not (dataset / "labelsTr" / f"{case}.nii.gz").is_symlink()
 
 
 def test_any_format_two_channels_and_dates_that_are_no_channels(raw, tmp_path):
@@ -494,7 +495,7 @@ def test_archives_in_a_folder_and_in_each_other_are_unpacked_once(tmp_path, down
 
 
 def test_leftovers_of_another_download_are_not_mixed_in(raw, download, tmp_path):
-    wrong = pack(download / "labels", tmp_path / "wrong.zip")
+    wrong = pack(download / "labels", tmp_path / "another.zip")
     assert generic(wrong) == 1
     with zipfile.ZipFile(tmp_path / "right.zip", "w") as file:
         for kind, end in (("images", "_0000"), ("labels", "")):

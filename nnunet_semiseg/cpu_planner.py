@@ -11,13 +11,21 @@ class CPUPlanner(ExperimentPlanner):
     For trying things out: accuracy is below that of nnU-Net's default plans.
     """
 
-    def __init__(self, dataset_name_or_id, features: int = 16, memory_gb: float = 0.5, plans_name="nnUNetPlans_cpu"):
+    def __init__(
+        self,
+        dataset_name_or_id,
+        features: int = 16,
+        memory_gb: float = 0.5,
+        plans_name: str = "nnUNetPlans_cpu",
+        batch_size: int | None = None,
+    ):
         super().__init__(dataset_name_or_id, gpu_memory_target_in_gb=memory_gb, plans_name=plans_name)
+        self.batch_size = batch_size
         self.UNet_base_num_features = features
         self.UNet_max_features_2d = self.UNet_max_features_3d = 16 * features
 
     def get_plans_for_configuration(self, spacing, *args, **kwargs):
         plan = super().get_plans_for_configuration(spacing, *args, **kwargs)
         # A CPU's time goes by samples, and a short training lacks steps more than it lacks samples in a step.
-        plan["batch_size"] = min(plan["batch_size"], 4 if len(spacing) == 2 else 2)
+        plan["batch_size"] = self.batch_size or min(plan["batch_size"], 4 if len(spacing) == 2 else 2)
         return plan

@@ -372,8 +372,7 @@ def make_results(runs):
         summary = {"foreground_mean": {"Dice": mean}, "mean": {"1": {"Dice": mean + 0.05}, "2": {"Dice": mean - 0.05}}}
         benchmark.write_text(run.fold / "validation" / "summary.json", json.dumps(summary))
         rows = [(e, n, c, 0.1 * e) for e in (1, 2) for n in ("student", "teacher") for c in ("ball", "core")]
-        text = benchmark.csv_text(["epoch", "network", "class", "dice"], rows)
-        benchmark.write_text(run.fold / benchmark.QUALITY, text)
+        benchmark.write_csv(run.fold / benchmark.QUALITY, ["epoch", "network", "class", "dice"], rows)
         benchmark.write_text(run.fold / "progress_semiseg.csv", "epoch,peak_memory_gib\n0,1.5\n1,2.5\n")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 
 from nnunet_semiseg import __version__
 
 # Sub-command -> one line. The module of the same name has add_arguments(parser) and run(args), which returns the
-# process's exit code.
+# process's exit code. args.command_line is the whole command.
 COMMANDS = {
     "preprocess": "preprocess the unlabeled cases (imagesUn) with the plans of the labeled ones",
     "convert": "turn a public download, or folders of images and labels, into an nnU-Net dataset",
@@ -39,6 +40,7 @@ def run_command(prog: str, description: str, package: str, commands: dict[str, s
             module = importlib.import_module(f"{package}.{name}")
             module.add_arguments(subparser)
     parsed = parser.parse_args(arguments)
+    parsed.command_line = shlex.join([prog, *arguments])
     try:
         return module.run(parsed) or 0
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:

@@ -26,6 +26,7 @@ class Manifest:
         rounds: For each round what is known of it: "dataset", "steps" with the finished ones, and what steps record.
         stopped: Why no further round follows, or None.
         versions: Of the packages that the first call used.
+        calls: The command lines that did something, in their order.
     """
 
     file: Path
@@ -33,6 +34,7 @@ class Manifest:
     rounds: list[dict] = field(default_factory=list)
     stopped: str | None = None
     versions: dict = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, file: Path, arguments: dict) -> Manifest:

@@ -274,6 +274,7 @@ class Rounds:
             labeled=self._labels_of_training_cases(),
             processes=self.processes,
         )
+        of["score_command"] = shlex.join(self._score_command(number))
         of["drift"] = self._drift(number, scores)
         of["mean_score"] = _mean({c: s.score for c, s in scores.items() if s.score is not None})
 
@@ -282,6 +283,7 @@ class Rounds:
         decisions = select(scores, s.rules)
         folder = self.round_folder(number) / "selection"
         write_selection(self.scored(number), folder, decisions, scores, self.classes, s.min_agreement)
+        of["select_command"] = shlex.join(self._select_command(number))
         of["accepted"] = [case for case, decision in decisions.items() if decision.accepted]
         left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
         of["annotate"] = to_annotate(left, s.annotate)

@@ -93,6 +93,8 @@ def run(args) -> None:
     if args.print_only:
         print("\n".join(rounds.describe()))
         return
+    if rounds.manifest.stopped is None:
+        rounds.manifest.calls.append(args.command_line)
     print(f"Stopped: {rounds.run()}.")
     for number, of in enumerate(rounds.manifest.rounds):
         dice = ", ".join(f"{name} {value:.4f}" for name, value in of.get("validation", {}).items())

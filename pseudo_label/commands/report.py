@@ -1,0 +1,15 @@
+"""``pseudo_label report``: what rounds did, on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pseudo_label.report import write_report
+
+
+def add_arguments(parser):
+    parser.add_argument("folder", type=Path, metavar="WORKDIR", help="the folder that pseudo_label rounds has as -o")
+
+
+def run(args) -> None:
+    print(f"Written: {write_report(args.folder)}, and report.json beside it")

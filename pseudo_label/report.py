@@ -1,0 +1,211 @@
+"""``report.html`` and ``report.json``: what rounds did, for people and for programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from nnunet_semiseg.files import write_json, write_text
+from nnunet_semiseg.segmentations import find_files
+from nnunet_semiseg.trainers.options import build_options
+from nnunet_semiseg.trainers.registry import find_trainer
+from pseudo_label import pictures
+from pseudo_label.executors import HEADER
+from pseudo_label.manifest import Manifest
+from pseudo_label.rounds import Member
+from pseudo_label.scores import CaseScore, read_scores
+from pseudo_label.selection_files import scored_classes
+
+# Cases of each kind that are shown as pictures.
+SHOWN = 2
+_ATTEMPT = re.compile(rf"^{re.escape(HEADER)}(?P<job>.+?) on (?P<machine>\S+), (?P<time>[-\d]+ [:\d]+): (?P<line>.+)$")
+
+
+def collect(folder: Path) -> dict:
+    """Everything that is told about the rounds in a work folder: the content of report.json.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file that is missing or damaged.
+    """
+    manifest = Manifest.read(folder / "manifest.json")
+    rounds = [_round(folder / f"round_{number}", number, of) for number, of in enumerate(manifest.rounds)]
+    return {
+        "work_folder": str(folder),
+        "dataset": manifest.arguments["dataset"],
+        "stopped": manifest.stopped,
+        "members": [_member(i, text) for i, text in enumerate(manifest.arguments["members"], 1)],
+        "rounds": rounds,
+        "arguments": manifest.arguments,
+        "versions": manifest.versions,
+        "calls": manifest.calls,
+    }
+
+
+def _member(number: int, text: str) -> dict:
+    member = Member.of(text)
+    trainer = find_trainer(member.trainer)
+    # nnU-Net's own trainers have no seed.
+    seed = -1 if trainer is None else build_options(trainer.Options, trainer.chosen_options).seed
+    # Names with options are too long for a chart.
+    return {"short": f"M{number}", "name": member.name, **asdict(member), "seed": seed if seed >= 0 else None}
+
+
+def _round(folder: Path, number: int, of: dict) -> dict:
+    found = {
+        "number": number,
+        "dataset": of["dataset"],
+        "minutes": {step: done["minutes"] for step, done in of["steps"].items()},
+        "validation_dice": of.get("validation"),
+        "mean_score": of.get("mean_score"),
+        "drift": of.get("drift", []),
+        "accepted": of.get("accepted"),
+        "remaining": of.get("remaining"),
+        "annotate": of.get("annotate", []),
+        "commands": _commands(folder, of),
+        "cases": [],
+        "volumes_mm3": {},
+    }
+    if "score" in of["steps"]:
+        scores = read_scores(folder / "scores")
+        decisions = _decisions(folder / "selection" / "selection.csv")
+        found["cases"] = [
+            {**asdict(scores[case]), **decisions.get(case, {"accepted": None, "reasons": None})}
+            for case in sorted(scores, key=lambda case: (-(scores[case].score or 0), case))
+        ]
+        found["volumes_mm3"] = _mean_volumes(scores)
+    return found
+
+
+def _decisions(file: Path) -> dict[str, dict]:
+    """{case: accepted and reasons} of selection.csv; empty while nothing is selected."""
+    if not file.is_file():
+        return {}
+    with open(file, newline="") as stream:
+        return {
+            row["case"]: {"accepted": row["accepted"] == "yes", "reasons": row["reasons"]}
+            for row in csv.DictReader(stream)
+        }
+
+
+def _mean_volumes(scores: Mapping[str, CaseScore]) -> dict[str, float]:
+    names = next(iter(scores.values())).classes if scores else ()
+    return {name: sum(s.classes[name].volume_mm3 for s in scores.values()) / len(scores) for name in names}
+
+
+def _commands(folder: Path, of: dict) -> list[dict]:
+    """What ran in a round, in its order: the jobs as their logs tell, every attempt, and scoring and selection."""
+    jobs = []
+    for log in sorted((folder / "logs").glob("*.log")):
+        with open(log, errors="replace") as stream:
+            jobs += [match.groupdict() for match in map(_ATTEMPT.match, stream) if match]
+    jobs.sort(key=lambda job: job["time"])
+    own = [
+        {"job": step, "machine": None, "time": of["steps"][step]["finished"], "line": of[f"{step}_command"]}
+        for step in ("score", "select")
+        if step in of["steps"]
+    ]
+    predictions = [job for job in jobs if job["job"].startswith("predict_")]
+    return predictions + own + [job for job in jobs if job not in predictions]
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html and report.json into a work folder; returns the former.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file that is missing or damaged.
+    """
+    folder = folder.resolve()
+    content = collect(folder)
+    write_json(folder / "report.json", content)
+    environment = Environment(
+        loader=PackageLoader("pseudo_label", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["number"] = _number
+    page = environment.get_template("report.html.j2").render(**content, **_pictures(folder, content))
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _number(value, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _pictures(folder: Path, content: dict) -> dict:
+    """The pictures of a report, and what the page says beside them."""
+    rounds, threshold = content["rounds"], content["arguments"]["rules"]["threshold"]
+    trained = [of for of in rounds if of["validation_dice"]]
+    dice = {m["short"]: [of["validation_dice"][m["name"]] for of in trained] for m in content["members"]}
+    result = {
+        "dice": pictures.lines(dice, _ticks(trained), "validation Dice", mean=True) if trained else None,
+        "volumes": None,
+        "rounds_pictures": [],
+    }
+    scored = [of for of in rounds if of["cases"]]
+    if scored:
+        ticks, means = _ticks(scored), [of["volumes_mm3"] for of in scored]
+        file = folder / "round_1" / "scores" / "labeled_volumes.json"
+        labeled = list(json.loads(file.read_text()).values()) if file.is_file() else []
+        if labeled:
+            ticks = ["labeled", *ticks]
+            means = [{name: sum(v[name] for v in labeled) / len(labeled) for name in labeled[0]}, *means]
+        # Small classes could not be seen beside large ones.
+        relative = {n: [m[n] / means[0][n] if means[0][n] else None for m in means] for n in means[0]}
+        result["volumes"] = pictures.lines(relative, ticks, f"mean volume / that of {ticks[0]}")
+    for of in rounds:
+        result["rounds_pictures"].append(_round_pictures(folder / f"round_{of['number']}", of, threshold))
+    return result
+
+
+def _ticks(rounds: list[dict]) -> list[str]:
+    return [f"round {of['number']}" for of in rounds]
+
+
+def _round_pictures(folder: Path, of: dict, threshold: float | None) -> dict | None:
+    if not of["cases"]:
+        return None
+    defined = [case for case in of["cases"] if case["score"] is not None]
+    names = list(of["cases"][0]["classes"])
+    by_class = {
+        n: [c["classes"][n]["score"] for c in of["cases"] if c["classes"][n]["score"] is not None] for n in names
+    }
+    scores = {accepted: [c["score"] for c in defined if bool(c["accepted"]) is accepted] for accepted in (True, False)}
+    return {
+        "histogram": pictures.histogram(scores[True], scores[False], threshold) if defined else None,
+        "classes": pictures.boxes(by_class, "score") if defined else None,
+        "colors": dict(zip(names, pictures.class_colors(len(names)))),
+        "shown": _case_pictures(folder, defined),
+    }
+
+
+def _case_pictures(folder: Path, cases: list[dict]) -> list[dict]:
+    """Pictures of the best, the borderline, and the worst cases of a round, each case once."""
+    accepted = [case for case in cases if case["accepted"]]
+    rejected = [case for case in cases if not case["accepted"]]
+    # Best first, so these are the last that were accepted and the first that were not.
+    groups = {
+        "Best": cases[:SHOWN],
+        "Borderline": [*accepted[-SHOWN:], *rejected[:SHOWN]] if accepted and rejected else [],
+        "Worst": cases[-SHOWN:],
+    }
+    classes = scored_classes(folder / "scores")
+    consensus, disagreement = (find_files(folder / "scores" / kind) for kind in ("consensus", "disagreement"))
+    images = find_files(folder / "images")
+    seen, shown = set(), []
+    for title, group in groups.items():
+        for case in group:
+            name = case["case"]
+            if name not in seen:
+                seen.add(name)
+                picture = pictures.case_picture(images[f"{name}_0000"], consensus[name], disagreement[name], classes)
+                shown.append({"title": title, "case": case, "picture": picture})
+    return shown

@@ -327,13 +327,15 @@ class Rounds:
 
     def _labels_of_training_cases(self) -> Path:
         """A folder of links: the volumes of hidden and of validation cases are none of the rounds' business."""
-        folder = self.folder / "labeled"
         for case in self.cases.training:
-            label = self.cases.labeled[case][1]
-            link(label, folder / f"{case}{self.first.file_ending}")
-        return folder
+            link(self.cases.labeled[case][1], self._labeled / f"{case}{self.first.file_ending}")
+        return self._labeled
 
     # ---------------------------------------------------------------------------------------------- names and commands
+
+    @property
+    def _labeled(self) -> Path:
+        return self.folder / "labeled"
 
     def round_folder(self, number: int) -> Path:
         return self.folder / f"round_{number}"
@@ -452,6 +454,7 @@ class Rounds:
                     name = f"Dataset{next(names):03d}{name[10:]}"
                 manifest.rounds.append({"dataset": name, "steps": {}})
             lines = self.executor.describe([self._training(0, member) for member in self.members])
+            lines.append(f"# Link the labels of the training cases in {self._labeled}")
             for number in range(1, s.rounds + 1):
                 folder = self.round_folder(number)
                 lines += [f"# Round {number}: link the images of the unlabeled cases in {folder / 'images'}"]
@@ -466,7 +469,8 @@ class Rounds:
 
     def _score_command(self, number: int) -> list[str]:
         s = self.settings
-        command = ["pseudo_label", "score", "-d", s.dataset, "-o", str(self.scored(number)), "--metric", s.metric, "-i"]
+        command = ["pseudo_label", "score", "-d", s.dataset, "--labeled", str(self._labeled), "--metric", s.metric]
+        command += ["-o", str(self.scored(number)), "-i"]
         command += [str(self._predicted(number, member)) for member in self.members]
         command += ["--consensus", s.consensus] if s.consensus else []
         return command + (["--per-slice"] if s.per_slice else [])

@@ -365,6 +365,18 @@ def read(file):
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
+def test_volumes_are_compared_with_the_labeled_cases_given(members, tmp_path, capsys):
+    for i in (1, 2):
+        write_image(make_case(i)[1], tmp_path / "labeled" / f"real_{i}.nii.gz")
+    assert run("-i", *members, "-o", tmp_path / "scores", "--labeled", tmp_path / "labeled") == 0
+    volumes = [count(make_case(i)[1] == 1) for i in (1, 2)]
+    for score in read_scores(tmp_path / "scores").values():
+        own = score.classes["ball" if "ball" in score.classes else "1"]
+        assert own.volume_zscore == pytest.approx((own.volume_mm3 - np.mean(volumes)) / np.std(volumes, ddof=1))
+    assert run("-i", *members, "-o", tmp_path / "none", "--labeled", tmp_path / "nowhere") == 1
+    assert "nowhere is not a folder" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_command_writes_maps_tables_and_cases(members, tmp_path, work, capsys):
     name = "Dataset811_score"
     write_raw_dataset(work / "raw" / name, LABELS, num_labeled=4, num_unlabeled=0)

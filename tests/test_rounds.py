@@ -159,7 +159,8 @@ def test_print_only_writes_nothing(prepared, tmp_path, capsys):
     assert cli.main(arguments(out, "--print-only", "--dataset-ids", "871", "872", "--threshold", "0.8")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (f"nnUNetv2_train Dataset801_labels 2d 0 -tr {MEMBERS[0]} -p nnUNetPlans_cpu --c -device cpu")
-    assert any(line.startswith("pseudo_label score -d Dataset801_labels") for line in lines)
+    scoring = f"pseudo_label score -d Dataset801_labels --labeled {out / 'labeled'} --metric dice -o"
+    assert any(line.startswith(scoring) for line in lines)
     assert any("--threshold 0.8 --fraction 0.5" in line for line in lines)
     assert sum("Dataset872_labels_round2" in line for line in lines) == 3
     assert not out.exists()

@@ -31,6 +31,12 @@ def add_arguments(parser):
         help="a dataset.json with the labels (default: the one in the first folder, else the labels found)",
     )
     parser.add_argument(
+        "--labeled",
+        type=Path,
+        metavar="FOLDER",
+        help="label maps of labeled cases, whose volumes to compare with (default: with -d, those of its labelsTr)",
+    )
+    parser.add_argument(
         "--consensus",
         choices=CONSENSUS,
         help="mean of the probabilities, majority vote, or STAPLE (default: mean if all members have probabilities, "
@@ -50,6 +56,8 @@ def add_arguments(parser):
 
 def run(args) -> None:
     classes, labeled = _classes(args)
+    if args.labeled is not None and not args.labeled.is_dir():
+        raise FileNotFoundError(f"--labeled {args.labeled} is not a folder")
     scores = score_members(
         args.i,
         args.o,
@@ -58,7 +66,7 @@ def run(args) -> None:
         args.per_slice,
         args.metric,
         args.both_empty,
-        labeled,
+        args.labeled or labeled,
         args.np,
         args.overwrite,
     )

@@ -238,6 +238,12 @@ def _bar(jobs: Sequence[Job]) -> tqdm:
     return tqdm(total=len(jobs), desc="Jobs", unit="job", file=sys.stderr)
 
 
+def _show(bar: tqdm, text: str) -> None:
+    """What runs, beside the bar. The time goes on in a terminal; a file gets a line for a change alone."""
+    if text != bar.postfix or sys.stderr.isatty():
+        bar.set_postfix_str(text)
+
+
 def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
@@ -336,7 +342,7 @@ class LocalExecutor:
                         if waiting and slot not in running:
                             job = waiting.popleft()
                             running[slot] = job, self._start(self._on(device, job))
-                    bar.set_postfix_str(", ".join(f"{running[slot][0].name}: {self.devices[slot]}" for slot in running))
+                    _show(bar, ", ".join(f"{running[slot][0].name}: {self.devices[slot]}" for slot in running))
                     time.sleep(POLL_SECONDS)
                     for slot, (job, process) in list(running.items()):
                         if process.poll() is None:
@@ -496,7 +502,7 @@ class SlurmExecutor:
                 states = self._states()
             except OSError as error:
                 # The cluster's controller is away for a while; the jobs are not.
-                bar.set_postfix_str(str(error))
+                _show(bar, str(error))
                 continue
             again, counts = [], Counter()
             for name in list(seen):
@@ -522,7 +528,7 @@ class SlurmExecutor:
                         self._forget([name])
                         bar.update()
             self._submit(again)
-            bar.set_postfix_str(", ".join(f"{count} {state}" for state, count in counts.items()))
+            _show(bar, ", ".join(f"{count} {state}" for state, count in counts.items()))
         self._forget(jobs)
         return failures
 

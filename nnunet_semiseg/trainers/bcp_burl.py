@@ -16,7 +16,7 @@ class BCPBURLOptions(RegionOptions, BCPOptions):
 class nnUNetTrainerBCPBURL(RegionLearning, nnUNetTrainerBCP):
     """Bidirectional copy-paste in which the losses are weighted by certain and uncertain regions.
 
-    * Phase 1: URL (Eq. 7) on the mixed labeled patches.
+    * Phase 1: URL (Eq. 7) on labeled patches.
     * Phase 2: URL on the voxels that come from labeled patches, by the student's entropy on the mixed patch; CRL
       (Eq. 8) on those from unlabeled ones, by the entropy of the teacher's prediction on the patch before mixing.
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dataset_conversion.common import Case, Download, Source
-from nnunet_semiseg.segmentations import find_files
+from nnunet_semiseg.segmentations import find_files, patients_of
 
 
 def _label(text: str) -> tuple[str, tuple[int, ...]]:
@@ -46,13 +46,8 @@ def cases(download: Download, args: Namespace) -> list[Case]:
     result = _of_table(download, args) if args.csv else _of_folders(download, args)
     if not args.patient:
         return result
-    try:
-        patients = [re.search(args.patient, case.name) for case in result]
-    except re.error as error:
-        raise ValueError(f"--patient {args.patient} is not a regular expression: {error}") from None
-    if None in patients:
-        raise ValueError(f"--patient {args.patient} matches nothing in case {result[patients.index(None)].name}")
-    return [replace(case, patient=match[0]) for case, match in zip(result, patients)]
+    patients = patients_of((case.name for case in result), args.patient)
+    return [replace(case, patient=patient) for case, patient in zip(result, patients)]
 
 
 def _of_folders(download: Download, args: Namespace) -> list[Case]:
@@ -79,26 +74,33 @@ def _of_folders(download: Download, args: Namespace) -> list[Case]:
 
 def _inside(download: Download, path: str) -> Path:
     """``path`` in the download, or where it is least deep: archives often hold a folder around everything."""
-    direct = next((root / path for root in download.roots if (root / path).exists()), None)
-    if direct:
-        return direct
-    parts = Path(path).parts
-    found = [file for file in download.find(parts[-1]) if file.parts[-len(parts) :] == parts]
-    if found:
-        return min(found, key=lambda file: len(file.parts))
-    raise FileNotFoundError(f"{download} has no {path}. Name it with --images and --segmentations, or in the table")
+    place = next((root / path for root in download.roots if (root / path).exists()), None)
+    if not place:
+        parts = Path(path).parts
+        found = [file for file in download.find(parts[-1]) if file.parts[-len(parts) :] == parts]
+        if not found:
+            raise FileNotFoundError(
+                f"{download} has no {path}. Name it with --images and --segmentations, or in the table"
+            )
+        place = min(found, key=lambda file: len(file.parts))
+    # images.zip may hold a folder images.
+    while (place / place.name).is_dir():
+        place /= place.name
+    return place
 
 
 def _of_table(download: Download, args: Namespace) -> list[Case]:
     """Columns: image, image2, ... for the channels; case (default: the image's name), patient, label, split."""
     with open(args.csv, newline="", encoding="utf-8-sig") as stream:
         rows = list(csv.DictReader(stream))
+    numbered = {key: re.fullmatch(r"image(\d*)", key or "") for key in (rows[0] if rows else ())}
+    channels = sorted((key for key in numbered if numbered[key]), key=lambda key: int(numbered[key][1] or 1))
     if not rows or "image" not in rows[0]:
         raise ValueError(f"{args.csv} has no rows, or no column image")
     result = []
     for line, row in enumerate(rows, start=2):
         try:
-            images = tuple(_inside(download, row[key]) for key in row if key and key.startswith("image") and row[key])
+            images = tuple(_inside(download, row[key]) for key in channels if row[key])
             label = _inside(download, row["label"]) if row.get("label") else None
         except FileNotFoundError as error:
             raise ValueError(f"{args.csv}, line {line}: {error}") from None

@@ -5,6 +5,8 @@ A module ``DatasetXXX_Name.py`` has a ``SOURCE``, and nothing else is needed to 
 
 from __future__ import annotations
 
+import hashlib
+import lzma
 import os
 import shutil
 import sys
@@ -15,6 +17,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import nibabel
@@ -24,7 +27,7 @@ from tqdm import tqdm
 
 from nnunet_semiseg.datasets import CaseError, content_hash
 from nnunet_semiseg.files import link, whole, write_json
-from nnunet_semiseg.segmentations import geometry_difference, labels_of, read_image, write_labels
+from nnunet_semiseg.segmentations import geometry_difference, labels_of, read_image, version, write_image, write_labels
 
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar")
 # Where a case of a part goes: imagesTr and labelsTr, imagesUn, imagesTs and labelsTs.
@@ -78,32 +81,37 @@ class Download:
 
     Raises:
         FileNotFoundError: if there is no such folder or archive.
-        ValueError: naming the archive, if it is damaged, or holds a file that would land outside of the folder.
+        ValueError: naming the archive, if it is damaged, encrypted or packed in an unknown way, or holds a file that
+            would land outside of the folder.
     """
 
     def __init__(self, path: Path, unpacked: Path):
         if not path.is_dir() and not (path.is_file() and path.name.endswith(ARCHIVES)):
             raise FileNotFoundError(f"{path} is neither a folder nor one of the archives {', '.join(ARCHIVES)}")
-        self.path = path
+        self.path, self.unpacked = path, unpacked
         self.roots = [path] if path.is_dir() else []
         waiting = [path] if path.is_file() else self._archives(path)
         while waiting:
             archive = waiting.pop(0)
             stem = archive.name[: -len(next(e for e in ARCHIVES if archive.name.endswith(e)))]
-            inner = next((base for base in (path, unpacked) if archive.is_relative_to(base) and archive != base), None)
-            target = (unpacked / archive.parent.relative_to(inner) if inner else unpacked) / stem
+            base = next((root for root in self.roots if archive.is_relative_to(root)), archive.parent)
+            inside = archive.parent.relative_to(base) / stem
             try:
-                first = next((name for name, _ in _members(archive)), None)
                 # Most people unpack the archives in a folder and leave them there.
-                beside = (archive.parent, archive.parent / stem) if archive != path else ()
-                if first and not any((folder / first).exists() for folder in beside):
-                    _unpack(archive, target)
-                    waiting += self._archives(target)
-            except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+                if archive == path or not _is_unpacked(archive, (archive.parent, archive.parent / stem)):
+                    root = _root(archive, unpacked)
+                    _unpack(archive, root, root / inside)
+                    self.roots.append(root)
+                    waiting += self._archives(root)
+            except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
                 reason = str(error).partition("\n")[0]
                 raise ValueError(f"{archive} is damaged, or no such archive ({reason}). Download it again") from None
-        if unpacked.is_dir():
-            self.roots.append(unpacked)
+            except RuntimeError as error:
+                # Encrypted, or packed in a way that Python does not know.
+                raise ValueError(
+                    f"{archive} cannot be unpacked ({error}). Unpack it into its folder with another program, and give "
+                    "that folder"
+                ) from None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -138,8 +146,35 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable]]:
                 raise ValueError(f"{archive} holds the link or device {member.name}, which is never unpacked")
 
 
-def _unpack(archive: Path, target: Path) -> None:
-    done = target.parent / f".unpacked-{archive.name}"
+def _is_unpacked(archive: Path, beside: tuple[Path, Path]) -> bool:
+    """Whether one of two folders has the files of an archive, or there are none in it.
+
+    All of a .zip file; only the first of the others, which have no table of contents.
+    """
+    names = (name for name, _ in _members(archive) if not _junk(Path(name)))
+    names = list(names) if archive.name.endswith(".zip") else list(islice(names, 1))
+    found = max(sum((folder / name).exists() for name in names) for folder in beside)
+    if 0 < found < len(names):
+        print(
+            f"Warning: only {found} of the {len(names)} files of {archive} are unpacked beside it, so it is unpacked "
+            "elsewhere. Unpack all of it there, or remove these files",
+            file=sys.stderr,
+        )
+    return found == len(names)
+
+
+def _root(archive: Path, unpacked: Path) -> Path:
+    """The folder in ``unpacked`` for this version of an archive; what came out of an earlier version is removed."""
+    place, now = (hashlib.sha1(str(key).encode()).hexdigest()[:8] for key in (archive.resolve(), version(archive)))
+    root = unpacked / f"{archive.name}-{place}-{now}"
+    for old in unpacked.glob(f"*-{place}-*"):
+        if old != root:
+            shutil.rmtree(old)
+    return root
+
+
+def _unpack(archive: Path, root: Path, target: Path) -> None:
+    done = root / ".unpacked"
     if done.exists():
         return
     target.mkdir(parents=True, exist_ok=True)
@@ -378,8 +413,7 @@ def _put(file: Path, original: Path | None, unpacked: Path, as_link: bool, image
     """``original`` under the name ``file``, without a change if it is a .nii.gz file; otherwise ``image``."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if original is None or not original.name.endswith(".nii.gz"):
-        with whole(file) as temporary:
-            sitk.WriteImage(image, str(temporary), useCompression=True)
+        write_image(file, image)
         return
     if original.is_relative_to(unpacked):
         file.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ surface where the annotation ends, that is between a mask and ignored voxels. Sp
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -259,8 +260,12 @@ class Summary:
     cases: np.ndarray
 
 
-def summarize(values: np.ndarray) -> Summary:
-    """Of (N, K, M) values of N cases, K classes and M metrics; NaN is a value that is left out."""
+def summarize(values: np.ndarray, patients: Sequence[str] | None = None) -> Summary:
+    """Of (N, K, M) values of N cases, K classes and M metrics; NaN is a value that is left out.
+
+    Args:
+        patients: Of the N cases; they are drawn instead of the cases.
+    """
     with warnings.catch_warnings():
         # Every value of a class may be left out.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -269,19 +274,32 @@ def summarize(values: np.ndarray) -> Summary:
             return np.concatenate((by_class, np.nanmean(by_class, axis=-2, keepdims=True)), axis=-2)
 
         every = with_mean(values)
-        low, high = np.nanpercentile(with_mean(bootstrap_means(values)), (2.5, 97.5), axis=0)
+        low, high = np.nanpercentile(with_mean(bootstrap_means(values, patients)), (2.5, 97.5), axis=0)
         cases = np.isfinite(every).sum(0)
         sd = np.nanstd(every, axis=0, ddof=1)
-        # One case says nothing about others.
-        low, high = (np.where(cases > 1, bound, np.nan) for bound in (low, high))
+        # One case or patient says nothing about others.
+        groups = _groups(len(values), patients)
+        drawn = sum(np.isfinite(every[groups == group]).any(0).astype(int) for group in np.unique(groups))
+        low, high = (np.where(drawn > 1, bound, np.nan) for bound in (low, high))
         return Summary(with_mean(np.nanmean(values, axis=0)), sd, low, high, cases)
 
 
-def bootstrap_means(values: np.ndarray) -> np.ndarray:
-    """(R, ...) means of (N, ...) values over R random draws of N cases with replacement; NaN is left out."""
+def bootstrap_means(values: np.ndarray, patients: Sequence[str] | None = None) -> np.ndarray:
+    """(R, ...) means of (N, ...) values over R random draws with replacement; NaN is left out.
+
+    Args:
+        patients: Of the N cases. As many patients as there are are drawn, each with all its cases; None draws N cases.
+    """
     flat = values.reshape(len(values), -1)
     known = np.isfinite(flat)
-    drawn = np.random.default_rng(0).multinomial(len(flat), np.full(len(flat), 1 / len(flat)), RESAMPLES).astype(float)
+    groups = _groups(len(flat), patients)
+    count = groups.max() + 1
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)[:, groups]
     with np.errstate(invalid="ignore"):
         means = drawn @ np.where(known, flat, 0) / (drawn @ known)
     return means.reshape(-1, *values.shape[1:])
+
+
+def _groups(cases: int, patients: Sequence[str] | None) -> np.ndarray:
+    """(N,) number of each case's patient, from 0."""
+    return np.arange(cases) if patients is None else np.unique(patients, return_inverse=True)[1]

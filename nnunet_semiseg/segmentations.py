@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +73,10 @@ class Classes:
             raise FileNotFoundError(f"{file} is missing")
         try:
             return cls.from_dataset_json(json.loads(Path(file).read_text()))
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} has no labels {{name: value}}, so it is no dataset.json of nnU-Net") from None
 
     @classmethod
     def from_labels(cls, labels) -> Classes:
@@ -118,6 +122,30 @@ def find_files(folder: Path, ending: str | None = None) -> dict[str, Path]:
     if len(found) > 1:
         raise ValueError(f"{folder} has files that end in {' and in '.join(found)}. Keep those of one kind there")
     return next(iter(found.values()))
+
+
+def patients_of(cases: Iterable[str], pattern: str) -> list[str]:
+    """The patient of each case: what the regular expression ``pattern`` finds in its name.
+
+    Raises:
+        ValueError: if it is no regular expression; naming the case, if it finds nothing there.
+    """
+    patients = []
+    for case in cases:
+        try:
+            match = re.search(pattern, case)
+        except re.error as error:
+            raise ValueError(f"--patient {pattern} is not a regular expression: {error}") from None
+        if not match:
+            raise ValueError(f"--patient {pattern} matches nothing in case {case}")
+        patients.append(match[0])
+    return patients
+
+
+def version(path: Path) -> list[tuple[str, int, int]]:
+    """Path, size in bytes and time of change in ns of a file, or of all files in a folder: what tells a new one."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def read_image(file: Path) -> sitk.Image:
@@ -177,17 +205,23 @@ def labels_of(image: sitk.Image, file: Path, known: frozenset[int] | None = None
 
 
 def write_labels(file: Path, labels: np.ndarray, like: sitk.Image) -> None:
-    """Write an array with the geometry of ``like``; the file appears when it is complete.
+    """Write an array with the geometry of ``like``, as ``write_image``."""
+    image = sitk.GetImageFromArray(labels)
+    image.CopyInformation(like)
+    write_image(file, image)
+
+
+def write_image(file: Path, image: sitk.Image) -> None:
+    """Write an image; the file appears when it is complete.
 
     Raises:
         OSError: naming the file, if it cannot be written, as when the disk is full.
     """
-    image = sitk.GetImageFromArray(labels)
-    image.CopyInformation(like)
+    size = image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
     with whole(file) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
-            complete = _ends_as_written(temporary, labels.nbytes)
+            complete = _ends_as_written(temporary, size)
         except RuntimeError:
             complete = False
         if not complete:

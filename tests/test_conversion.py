@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import resource
+import shutil
+import signal
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import REPOSITORY, make_case, write_image
 
-from dataset_conversion.common import Case, Download
+from dataset_conversion.common import Case, Download, _put
 from nnunet_semiseg import cli
 from nnunet_semiseg.commands import convert as command
 from nnunet_semiseg.segmentations import find_files
@@ -156,6 +159,15 @@ def test_table_names_cases_patients_labels_and_splits(raw, download, tmp_path):
         generic_cases(download, tmp_path / "cases.csv")
 
 
+def test_channels_of_a_table_go_by_their_numbers(download, tmp_path):
+    # A column that only begins with image is none.
+    (tmp_path / "cases.csv").write_text(
+        "image_id,image10,image2,image\n7,images/c_1_0000.nii.gz,images/b_1_0000.nii.gz,images/a_1_0000.nii.gz\n"
+    )
+    (case,) = generic_cases(download, tmp_path / "cases.csv")
+    assert [file.name[0] for file in case.images] == ["a", "b", "c"]
+
+
 def generic_cases(download, table):
     from dataset_conversion.Dataset999_generic import cases
 
@@ -252,9 +264,23 @@ def test_folds_are_drawn_by_patient_where_a_patient_has_several_cases():
     for fold in folds:
         assert not {n[0] for n in fold["train"]} & {n[0] for n in fold["val"]}
         assert sorted(fold["train"] + fold["val"]) == sorted(labeled)
-    # nnU-Net's own folds do for one case of each patient; one patient cannot be divided.
-    assert command.make_folds(labeled, dict.fromkeys(["a_0", "b_0", "c_0"], "labeled")) is None
-    assert command.make_folds(labeled, dict.fromkeys(["a_0", "a_1"], "labeled")) is None
+    # nnU-Net's own folds do for one case of each of five patients.
+    assert command.make_folds(labeled, dict.fromkeys([f"{p}_0" for p in "abcde"], "labeled")) is None
+
+
+@pytest.mark.parametrize("labeled, folds", [(["a_0", "b_0", "b_1", "c_0"], 3), (["a_0", "b_0"], 2)])
+def test_fewer_than_five_patients_have_folds_although_nnunet_makes_none(labeled, folds):
+    cases = {name: case(name) for name in labeled}
+    found = command.make_folds(cases, dict.fromkeys(cases, "labeled"))
+    assert len(found) == folds and sorted(name for fold in found for name in fold["val"]) == labeled
+    assert all(fold["train"] and not {n[0] for n in fold["train"]} & {n[0] for n in fold["val"]} for fold in found)
+
+
+def test_one_patient_is_for_training_and_validation_and_it_is_said(raw, download, capsys):
+    assert generic(download, "--patient", "^[a-c]", "--labeled", 1) == 0
+    folds = json.loads((raw.parent / "preprocessed" / "Dataset501_generic" / "splits_final.json").read_text())
+    assert folds == [{"train": ["a_1", "a_2"], "val": ["a_1", "a_2"]}]
+    assert "One patient is labeled, a, who is for validation, too" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -294,8 +320,20 @@ def write_image_4d(file):
     sitk.WriteImage(sitk.JoinSeries([sitk.Image(4, 5, 6, sitk.sitkInt16)] * 3), str(file))
 
 
+def counted(monkeypatch):
+    """The names of the cases that are converted from now on."""
+    original, converted = command.convert_case, []
+
+    def convert_case(case, *arguments):
+        converted.append(case.name)
+        original(case, *arguments)
+
+    monkeypatch.setattr(command, "convert_case", convert_case)
+    return converted
+
+
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_file_is_named_and_mended_later(raw, download, capsys, kind):
+def test_bad_file_is_named_and_mended_later(raw, download, capsys, monkeypatch, kind):
     name, spoil, message = BAD_FILES[kind]
     file = download / name
     good = file.read_bytes()
@@ -308,14 +346,12 @@ def test_bad_file_is_named_and_mended_later(raw, download, capsys, kind):
     # No dataset yet, and nothing that looks like one to nnU-Net; the other cases are done.
     assert [p.name for p in raw.iterdir()] == [".unfinished-Dataset501_generic"]
     records = raw / ".unfinished-Dataset501_generic" / "records"
-    times = {record.name: record.stat().st_mtime_ns for record in records.iterdir()}
-    assert sorted(times) == [f"{case}.json" for case in ("a_1", "a_2", "b_2", "c_1", "c_2")]
+    assert sorted(f.name for f in records.iterdir()) == [f"{c}.json" for c in ("a_1", "a_2", "b_2", "c_1", "c_2")]
 
-    # Only the bad case is done again: the others' files could even be gone.
+    # Only the bad case is done again.
     file.write_bytes(good)
-    write = download / "images" / "c_2_0000.nii.gz"
-    write.write_bytes(b"")
-    assert generic(download) == 0
+    converted = counted(monkeypatch)
+    assert generic(download) == 0 and converted == ["b_1"]
     assert len(names(raw / "Dataset501_generic" / "labelsTr")) == 6
     assert sorted(p.name for p in raw.iterdir()) == ["Dataset501_generic"]
 
@@ -423,13 +459,10 @@ def test_interrupted_run_continues_and_processes_do_not_matter(raw, download, tm
     leftover = raw / ".unfinished-Dataset501_generic" / "dataset" / "imagesTr" / ".unfinished-77-b_1_0000.nii.gz"
     leftover.write_bytes(b"half")
 
-    def counted(case, *arguments):
-        converted.append(case.name)
-        original(case, *arguments)
-
-    monkeypatch.setattr(command, "convert_case", counted)
+    monkeypatch.setattr(command, "convert_case", original)
+    others = counted(monkeypatch)
     assert generic(download, "--labeled", 3) == 0
-    assert sorted(converted) == ["a_1", "a_2", "b_1", "b_2", "c_1", "c_2"]
+    assert sorted(converted + others) == ["a_1", "a_2", "b_1", "b_2", "c_1", "c_2"]
     monkeypatch.setattr(command, "convert_case", original)
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw2"))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed2"))
@@ -445,6 +478,39 @@ def test_other_arguments_start_over(raw, download):
     dataset = raw / "Dataset501_generic"
     assert names(dataset / "labelsTr") == ["a_1", "a_2"]
     assert names(dataset / "imagesUn") == [f"{name}_0000" for name in ("b_1", "b_2", "c_1", "c_2")]
+
+
+def test_changed_and_removed_cases_are_not_kept(raw, download, monkeypatch):
+    damage(download / "images" / "c_2_0000.nii.gz")
+    assert generic(download, "--patient", "^[a-c]") == 1
+    # Another patient for the case c_1, another image for a_2, and no b_1 any more.
+    write_image(make_case(9, shape=(6, 18, 17))[0], download / "images" / "a_2_0000.nii.gz", (1.0, 1.5, 2.0))
+    for file in ("images/b_1_0000.nii.gz", "labels/b_1.nii.gz", "images/c_2_0000.nii.gz", "labels/c_2.nii.gz"):
+        (download / file).unlink()
+    converted = counted(monkeypatch)
+    assert generic(download, "--patient", "^[ab]|1$") == 0
+    dataset = raw / "Dataset501_generic"
+    assert converted == ["a_2", "c_1"] and names(dataset / "labelsTr") == ["a_1", "a_2", "b_2", "c_1"]
+    assert names(dataset / "imagesTr") == [f"{name}_0000" for name in ("a_1", "a_2", "b_2", "c_1")]
+    image = dataset / "imagesTr" / "a_2_0000.nii.gz"
+    assert np.array_equal(voxels(image), voxels(download / "images" / "a_2_0000.nii.gz"))
+    assert table(dataset)["c_1"]["patient"] == "1"
+
+
+def test_full_disk_leaves_no_half_of_an_image(tmp_path):
+    # SimpleITK cuts NIfTI without a word.
+    image = sitk.GetImageFromArray(np.random.RandomState(0).rand(9, 18, 17))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="x_0000.nii.gz could not be written .*free some space"):
+            _put(tmp_path / "x_0000.nii.gz", None, tmp_path / "unpacked", False, image)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    _put(tmp_path / "x_0000.nii.gz", None, tmp_path / "unpacked", False, image)
+    assert np.array_equal(voxels(tmp_path / "x_0000.nii.gz"), sitk.GetArrayFromImage(image))
 
 
 # ------------------------------------------------------------------------------------------------------- archives
@@ -502,6 +568,62 @@ def test_leftovers_of_another_download_are_not_mixed_in(raw, download, tmp_path)
             file.write(download / kind / f"a_1{end}.nii.gz", f"{kind}/a_1{end}.nii.gz")
     assert generic(tmp_path / "right.zip") == 0
     assert names(raw / "Dataset501_generic" / "labelsTr") == ["a_1"]
+
+
+def test_archive_downloaded_again_is_read_again(raw, download, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    old = download / "images" / "b_1_0000.nii.gz"
+    good = old.read_bytes()
+    damage(old)
+    pack(download / "images", folder / "images.zip")
+    pack(download / "labels", folder / "labels.tar.gz")
+    assert generic(folder) == 1 and "b_1_0000.nii.gz cannot be read" in capsys.readouterr().err
+    old.write_bytes(good)
+    # Cases that a new archive no longer has are gone, too; only this one is unpacked again.
+    for name in ("images/c_2_0000.nii.gz", "labels/c_2.nii.gz"):
+        (download / name).unlink()
+    pack(download / "images", folder / "images.zip")
+    assert generic(folder) == 1 and "labels/c_2.nii.gz has no image in" in capsys.readouterr().err
+    pack(download / "labels", folder / "labels.tar.gz")
+    assert generic(folder) == 0 and "unpacking images.zip" not in capsys.readouterr().err
+    assert names(raw / "Dataset501_generic" / "labelsTr") == ["a_1", "a_2", "b_1", "b_2", "c_1"]
+
+
+def test_inner_archive_that_changed_is_read_again(tmp_path):
+    for content in ("old", "new, and longer"):
+        inner = io.BytesIO()
+        with zipfile.ZipFile(inner, "w") as file:
+            file.writestr("part/file.txt", content)
+        with zipfile.ZipFile(tmp_path / "outer.zip", "w") as file:
+            file.writestr("inner.zip", inner.getvalue())
+        (found,) = Download(tmp_path / "outer.zip", tmp_path / "unpacked").find("file.txt")
+        assert found.read_text() == content
+
+
+def test_archive_that_was_unpacked_in_part_beside_itself_is_unpacked(tmp_path, download, capsys):
+    folder = tmp_path / "in"
+    shutil.copytree(download / "labels", folder / "labels")
+    pack(download / "labels", folder / "labels.zip")
+    (folder / "labels" / "c_2.nii.gz").unlink()
+    found = Download(folder, tmp_path / "unpacked").find("c_2.nii.gz")
+    assert [f.relative_to(tmp_path).parts[0] for f in found] == ["unpacked"]
+    assert f"only 5 of the 6 files of {folder / 'labels.zip'} are unpacked beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method, bit", [(9, 0), (zipfile.ZIP_STORED, 1)], ids=["Deflate64", "encrypted"])
+def test_archive_that_python_cannot_unpack_is_named(raw, tmp_path, capsys, method, bit):
+    archive = tmp_path / "in" / "images.zip"
+    archive.parent.mkdir()
+    zip_with("images/a.nii.gz")(archive)
+    content = bytearray(archive.read_bytes())
+    # Flags and method, in the local header and in the table of contents.
+    for start in (6, content.index(b"PK\1\2") + 8):
+        content[start], content[start + 2] = bit, method
+    archive.write_bytes(content)
+    assert generic(archive.parent) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("Error"))
+    assert f"{archive} cannot be unpacked" in line and "with another program" in line
 
 
 def tar_with(member, data=b"evil"):

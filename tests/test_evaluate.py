@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import LABELS, make_case, write_image
-from scipy.stats import rankdata
+from scipy.stats import rankdata, wilcoxon
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.commands.compare import MEAN, cases_needed, holm, paired_test, short_names
+from nnunet_semiseg.commands.compare import MEAN, _decide, cases_needed, holm, paired_test, short_names, signed_rank_p
 from nnunet_semiseg.commands.evaluate import COUNTS, parse_labels, tolerances
 from nnunet_semiseg.metrics import DISTANCES, METRICS, Rules, case_metrics
 from nnunet_semiseg.segmentations import Classes
@@ -244,6 +244,9 @@ def test_a_case_that_cannot_be_used_is_named_and_the_others_are_kept(folders, ca
     truth, prediction = folders
     good = (prediction / "b.nii.gz").read_bytes()
     spoil(prediction / "b.nii.gz")
+    # The results of an earlier call are not those of these files any more.
+    for name in ("evaluation.csv", "evaluation.json"):
+        (prediction / name).write_text("old")
     error, cure = fails(capsys, folders)
     assert error.startswith("Error: ") and complaint in error and str(prediction / "b.nii.gz") in error
     assert cure.startswith("1 of 4 cases could not be evaluated")
@@ -290,6 +293,7 @@ def test_4d_label_maps_are_refused(tmp_path, capsys):
         (["--labels", "liver=0"], "--labels liver=0 is not a label"),
         (["--labels", "a=1", "a=2"], "--labels has a twice"),
         (["--labels", "ignore=2"], "--labels has no class"),
+        (["--labels", "a=1", "ignore=254,255"], "--labels ignore=254,255: only one label can be ignored"),
         (["--tolerance", "spleen=1"], "there is no class spleen, but ball, core"),
         (["--tolerance", "-1"], "--tolerance -1 is not a number of mm"),
         (["--tolerance", "core=x"], "--tolerance core=x is not a number of mm"),
@@ -302,6 +306,28 @@ def test_wrong_options_are_told_in_one_line(folders, work, capsys, options, comp
     (folders[1] / "progress.png").unlink()
     (line,) = fails(capsys, folders, *options)
     assert complaint in line
+
+
+@pytest.mark.parametrize("content", ['["ball"]', "{}", '{"labels": ["ball"]}', '{"labels": 3}', "{"])
+def test_a_file_that_is_no_dataset_json_is_named_in_one_line(folders, tmp_path, capsys, content):
+    (tmp_path / "own.json").write_text(content)
+    (line,) = fails(capsys, folders, "-djfile", tmp_path / "own.json")
+    assert line.startswith(f"Error: {tmp_path / 'own.json'}")
+
+
+def test_intervals_are_for_patients_if_these_are_known(folders, tmp_path):
+    assert evaluate(folders, "-o", tmp_path / "cases") == 0
+    # a and b are one patient, c and d another: means stay the same.
+    for case, name in zip(CASES, ("p1_x", "p1_y", "p2_x", "p2_y")):
+        for folder in folders:
+            (folder / f"{case}.nii.gz").rename(folder / f"{name}.nii.gz")
+    assert evaluate(folders, "-o", tmp_path / "patients", "--patient", r"p\d") == 0
+    of_cases, of_patients = (read(tmp_path / kind)["summary"]["core"]["Dice"] for kind in ("cases", "patients"))
+    dice = [record["metrics"]["core"]["Dice"] for record in read(tmp_path / "patients")["metric_per_case"]]
+    assert of_patients["mean"] == of_cases["mean"] and of_patients["ci95"] != of_cases["ci95"]
+    assert of_patients["ci95"] == pytest.approx(sorted([np.mean(dice[:2]), np.mean(dice[2:])]))
+    assert evaluate(folders, "-o", tmp_path / "one", "--patient", "p") == 0
+    assert read(tmp_path / "one")["summary"]["core"]["Dice"]["ci95"] == [None, None]
 
 
 def test_labels_have_to_come_from_somewhere(folders, capsys):
@@ -379,7 +405,7 @@ def test_comparison_of_real_evaluations(folders, tmp_path, capsys):
     # Four cases: the best that can be is 2 / 2^4.
     assert float(row["p"]) == 0.125 and float(row["p_holm"]) == 0.75 and row["verdict"] == "too few cases"
     printed = capsys.readouterr().out
-    assert "Too few cases to tell: with 6 tests no result can be significant below 8 cases" in printed
+    assert "Too few cases to tell: with 6 tests the smallest p can be significant from 8 cases on" in printed
     image = sitk.ReadImage(str(tmp_path / "out" / "comparison.png"))
     pixels = sitk.GetArrayFromImage(image)
     assert min(pixels.shape[:2]) > 300 and pixels.std() > 0
@@ -395,6 +421,67 @@ def test_verdicts(models, tmp_path, capsys):
         assert verdicts["same", metric, name] == "no difference shown"
     printed = capsys.readouterr().out
     assert "Too few" not in printed and "First: base\nSecond: same" in printed
+
+
+def test_a_class_that_one_model_misses_is_not_in_the_mean_of_either(models, tmp_path):
+    folders = models([1, 1], cases=12)
+    hard = iter(range(12))
+
+    def miss(content):
+        for record in content["metric_per_case"][:9]:
+            record["metrics"]["core"]["HD95"] = None
+
+    def are_hard(content):
+        for record in content["metric_per_case"]:
+            record["metrics"]["core"]["HD95"] = 50 + next(hard)
+
+    spoiled(folders[0], are_hard)
+    spoiled(folders[1], miss)
+    assert compare(folders, tmp_path, "--metrics", "HD95") == 0
+    ball, core, mean = rows_of(tmp_path)
+    assert (core["pairs"], core["left_out"]) == ("3", "9") and (mean["pairs"], mean["left_out"]) == ("12", "0")
+    hd95 = [[r["metrics"] for r in read(folder)["metric_per_case"]] for folder in folders]
+    for column, of_model in zip(("first_mean", "other_mean"), hd95):
+        means = [m["ball"]["HD95"] for m in of_model[:9]]
+        means += [(m["ball"]["HD95"] + m["core"]["HD95"]) / 2 for m in of_model[9:]]
+        assert float(mean[column]) == pytest.approx(np.mean(means))
+
+
+def test_patients_are_compared_by_the_means_of_their_cases(models, tmp_path, capsys):
+    folders = models([1, 2], cases=10)
+    # case0 to case9: the patients 0 to 4 have two cases each.
+    for folder in folders:
+        spoiled(folder, lambda c: [r.update(case=f"p{i // 2}_{i % 2}") for i, r in enumerate(c["metric_per_case"])])
+    assert compare(folders, tmp_path, "--patient", r"p\d", "--metrics", "Dice") == 0
+    printed = capsys.readouterr().out
+    assert "| patients |" in printed and "of its own" not in printed
+    dice = [np.array([r["metrics"]["ball"]["Dice"] for r in read(f)["metric_per_case"]]) for f in folders]
+    first, other = (values.reshape(5, 2).mean(1) for values in dice)
+    row = rows_of(tmp_path)[0]
+    assert row["pairs"] == "5" and float(row["p"]) == pytest.approx(slow_wilcoxon(other - first)) == 2 / 2**5
+    assert float(row["difference"]) == pytest.approx((other - first).mean())
+    assert compare(folders, tmp_path) == 0 and "Each case counts as a patient of its own" in capsys.readouterr().out
+    assert compare(folders, tmp_path, "--patient", "x") == 1
+    assert "--patient x matches nothing in case p0_0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "others, verdict",
+    [
+        # 20 cases of which 4 differ: no p below 2 / 2^4.
+        ([np.r_[np.zeros(16), np.ones(4)]], "too few cases"),
+        # All the same is no lack of cases, unless there are few.
+        ([np.zeros(20)], "no difference shown"),
+        ([np.zeros(3)], "too few cases"),
+        ([np.full(3, np.nan)], "too few cases"),
+        # Holm multiplies the second p by 1 only, so that 6 cases suffice, although 7 are needed for the smallest of 2.
+        ([np.ones(6), np.ones(20)], "worse"),
+    ],
+)
+def test_verdicts_by_the_cases_that_differ(others, verdict):
+    tests = [paired_test("a", "b", "HD", "x", np.zeros(len(b)), b) for b in others]
+    _decide(tests)
+    assert tests[0].verdict == verdict
 
 
 def slow_wilcoxon(differences):
@@ -423,6 +510,18 @@ def test_paired_test_equals_the_definition(seed):
     assert test.difference == pytest.approx(np.mean([y - x for x, y in pairs]))
     assert test.low < test.difference < test.high and test.sign == 1
     assert paired_test("other", "first", "Dice", "x", b, a).p == test.p
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_p_is_exact_with_ties(seed):
+    differences = np.random.RandomState(seed).choice([-2, -1, 1, 2, 3], 13)
+    assert signed_rank_p(differences) == pytest.approx(slow_wilcoxon(differences))
+
+
+@pytest.mark.parametrize("cases", [20, 50, 51])
+def test_p_equals_that_of_scipy_without_ties(cases):
+    differences = np.random.RandomState(cases).normal(0.3, 1, cases)
+    assert signed_rank_p(differences) == pytest.approx(wilcoxon(differences).pvalue)
 
 
 def test_equal_models_and_classes_without_pairs():
@@ -482,6 +581,9 @@ def spoiled(folder, change):
             "different ground truth of case case3: core",
         ),
         (lambda c: c.pop("metric_per_case"), "is no output of nnunet_semiseg evaluate"),
+        (lambda c: c["metric_per_case"][3]["metrics"]["core"].pop("HD95"), "or lacks Dice, HD95. Write it again"),
+        (lambda c: c["metric_per_case"][3]["metrics"].pop("core"), "or lacks Dice, HD95. Write it again"),
+        (lambda c: c["metric_per_case"].clear(), "is no output of nnunet_semiseg evaluate"),
     ],
 )
 def test_evaluations_that_do_not_fit_are_told_in_one_line(models, tmp_path, capsys, change, complaint):

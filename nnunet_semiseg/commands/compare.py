@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from scipy.stats import rankdata, wilcoxon
 from nnunet_semiseg.commands.evaluate import table
 from nnunet_semiseg.files import whole, write_csv
 from nnunet_semiseg.metrics import DISTANCES, METRICS, bootstrap_means
+from nnunet_semiseg.segmentations import patients_of
 
 SIGNIFICANT = 0.05
+EXACT = 50
 MEAN = "mean of classes"
 
 
@@ -30,6 +33,11 @@ def add_arguments(parser):
         "--metrics", nargs="+", choices=METRICS, default=["Dice", "HD95"], help="default: Dice HD95", metavar="METRIC"
     )
     parser.add_argument(
+        "--patient",
+        metavar="REGEX",
+        help=r"the patient in a case's name, such as 'patient\d+': patients are compared, by the means of their cases",
+    )
+    parser.add_argument(
         "-o", metavar="OUT", default=".", help="folder for comparison.csv and comparison.png (default .)"
     )
 
@@ -39,6 +47,9 @@ class PairedTest:
     """A paired test of one metric and class: ``other`` against ``first``.
 
     Args:
+        pairs: Cases, or patients, that both models have a value for.
+        changed: Pairs whose values differ.
+        left_out: Cases, or patients, that only one or none of the models has a value for.
         first_mean, other_mean: Over the pairs.
         difference, low, high: Mean of other - first, with its 95 % percentile bootstrap interval.
         p: Two-sided, of Wilcoxon's signed-rank test.
@@ -51,6 +62,7 @@ class PairedTest:
     metric: str
     class_name: str
     pairs: int
+    changed: int
     left_out: int
     first_mean: float
     other_mean: float
@@ -73,36 +85,29 @@ def run(args) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice} is given twice. Give different FOLDERs, and different --names")
-    evaluations = [_read(folder) for folder in folders]
+    evaluations = [_read(folder, args.metrics) for folder in folders]
     for folder, evaluation in zip(folders[1:], evaluations[1:]):
         _check_same(folders[0], evaluations[0], folder, evaluation)
     classes = list(evaluations[0]["settings"]["labels"])
-    # (models, cases, classes, metrics)
-    values = np.array(
-        [
-            [[[metrics[c][m] for m in args.metrics] for c in classes] for metrics in evaluation["cases"].values()]
-            for evaluation in evaluations
-        ],
-        dtype=float,
-    )
-    if len(classes) > 1:
-        known = np.isfinite(values)
-        with np.errstate(invalid="ignore"):
-            mean = np.where(known, values, 0).sum(2, keepdims=True) / known.sum(2, keepdims=True)
-        values, classes = np.concatenate((values, mean), axis=2), [*classes, MEAN]
-    tests = [
-        paired_test(names[0], names[other], metric, class_name, values[0, :, c, m], values[other, :, c, m])
-        for other in range(1, len(names))
-        for m, metric in enumerate(args.metrics)
-        for c, class_name in enumerate(classes)
-    ]
+    cases = evaluations[0]["cases"]
+    patients = patients_of(cases, args.patient) if args.patient else cases
+    values = np.stack([evaluation["values"] for evaluation in evaluations])
+    shown = classes + [MEAN] * (len(classes) > 1)
+    tests = []
+    for other in range(1, len(names)):
+        pair = comparable(values[[0, other]], patients)
+        tests += [
+            paired_test(names[0], names[other], metric, class_name, *pair[:, :, c, m])
+            for m, metric in enumerate(args.metrics)
+            for c, class_name in enumerate(shown)
+        ]
     _decide(tests)
     output = Path(args.o)
     unit = evaluations[0]["settings"]["unit"]
     labels = [f"{m}, {unit}" if m in DISTANCES else m for m in args.metrics]
     write_csv(output / "comparison.csv", list(PairedTest.__dataclass_fields__), (list(vars(t).values()) for t in tests))
-    _plot(output / "comparison.png", values, names, classes, labels)
-    print(page(tests, dict(zip(args.metrics, labels))))
+    _plot(output / "comparison.png", comparable(values, patients), names, shown, labels)
+    print(page(tests, dict(zip(args.metrics, labels)), "patients" if args.patient else "cases"))
     print(f"\nWritten to {output / 'comparison.csv'} and {output / 'comparison.png'}")
 
 
@@ -116,23 +121,31 @@ def short_names(folders: list[Path]) -> list[str]:
     return ["/".join(p) for p in parts]
 
 
-def _read(folder: Path) -> dict:
-    """``settings``, and ``cases`` {case: {class: {metric: value}}}, sorted."""
+def _read(folder: Path, metrics: list[str]) -> dict:
+    """``settings``, and the sorted ``cases`` with their ``values`` (N, K, metrics) and voxels ``n_ref`` (N, K)."""
     file = folder / "evaluation.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing. Write it with nnunet_semiseg evaluate -o {folder} ...")
     try:
         content = json.loads(file.read_text())
-        cases = {record["case"]: record["metrics"] for record in content["metric_per_case"]}
-        return {"settings": content["settings"], "cases": dict(sorted(cases.items()))}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is no output of nnunet_semiseg evaluate. Write it again") from None
+        classes = content["settings"]["labels"]
+        cases = dict(sorted((record["case"], record["metrics"]) for record in content["metric_per_case"]))
+        values, n_ref = (
+            np.array([[[case[c][m] for m in wanted] for c in classes] for case in cases.values()], dtype=float)
+            for wanted in (metrics, ["n_ref"])
+        )
+        content["settings"]["unit"]
+        return {"settings": content["settings"], "cases": list(cases), "values": values, "n_ref": n_ref[..., 0]}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(
+            f"{file} is no output of nnunet_semiseg evaluate, or lacks {', '.join(metrics)}. Write it again"
+        ) from None
 
 
 def _check_same(first_folder: Path, first: dict, folder: Path, other: dict) -> None:
     """Raise ValueError unless both evaluations have the same settings, cases and ground truth."""
     for key, value in first["settings"].items():
-        if key not in ("ground_truth", "prediction") and other["settings"].get(key) != value:
+        if key not in ("ground_truth", "prediction", "patient") and other["settings"].get(key) != value:
             raise ValueError(
                 f"{folder} was evaluated with {key} {other['settings'].get(key)}, but {first_folder} with {value}. "
                 "Evaluate both in the same way"
@@ -147,20 +160,39 @@ def _check_same(first_folder: Path, first: dict, folder: Path, other: dict) -> N
                 f"{folder_b} has no case {missing[0]}, which {folder_a} has ({len(missing)} are missing in all). "
                 "Evaluate both on the same cases"
             )
-    for case, metrics in first["cases"].items():
-        for name, values in metrics.items():
-            if values["n_ref"] != other["cases"][case][name]["n_ref"]:
-                raise ValueError(
-                    f"{folder} and {first_folder} were evaluated with different ground truth of case {case}: {name} "
-                    "has not the same number of voxels. Evaluate both with one"
-                )
+    for case, class_index in np.argwhere(first["n_ref"] != other["n_ref"]):
+        raise ValueError(
+            f"{folder} and {first_folder} were evaluated with different ground truth of case {first['cases'][case]}: "
+            f"{list(first['settings']['labels'])[class_index]} has not the same number of voxels. Evaluate both with "
+            "one"
+        )
+
+
+def comparable(values: np.ndarray, patients: list[str]) -> np.ndarray:
+    """The values that all models have, so that none gains by what it lacks; NaN where one of them has none.
+
+    Args:
+        values: (models, N, K, metrics) of N cases and K classes.
+        patients: Of the N cases.
+
+    Returns:
+        (models, P, K + 1, metrics): of each patient the mean over its cases. Last comes the mean of each case over its
+        classes, unless there is only one.
+    """
+    values = np.where(np.isfinite(values).all(0), values, np.nan)
+    with warnings.catch_warnings():
+        # A case may have no class, and a patient no value.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        if values.shape[2] > 1:
+            values = np.concatenate((values, np.nanmean(values, axis=2, keepdims=True)), axis=2)
+        groups = [np.flatnonzero(np.array(patients) == patient) for patient in dict.fromkeys(patients)]
+        return np.stack([np.nanmean(values[:, group], axis=1) for group in groups], axis=1)
 
 
 def paired_test(first: str, other: str, metric: str, class_name: str, a: np.ndarray, b: np.ndarray) -> PairedTest:
     """Of the values ``a`` of ``first`` and ``b`` of ``other``; pairs with a NaN are left out.
 
-    Differences of zero are left out of the ranks (Wilcoxon 1945). scipy's p is exact up to 50 differences without ties,
-    or 13 with ties, and from the normal approximation beyond.
+    Differences of zero are left out of the ranks (Wilcoxon 1945).
     """
     known = np.isfinite(a) & np.isfinite(b)
     difference = b[known] - a[known]
@@ -174,15 +206,33 @@ def paired_test(first: str, other: str, metric: str, class_name: str, a: np.ndar
         metric,
         class_name,
         pairs=len(difference),
+        changed=len(changed),
         left_out=int((~known).sum()),
         first_mean=_mean(a[known]),
         other_mean=_mean(b[known]),
         difference=_mean(difference),
         low=float(low),
         high=float(high),
-        p=float(wilcoxon(changed).pvalue) if len(changed) else 1.0,
+        p=signed_rank_p(changed),
         sign=int(np.sign((rankdata(np.abs(changed)) * np.sign(changed)).sum())),
     )
+
+
+def signed_rank_p(differences: np.ndarray) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test of differences other than zero.
+
+    Exact up to EXACT differences, with ties too: ranks are what they are, signs are by chance. scipy's, which is the
+    normal approximation, beyond.
+    """
+    if len(differences) > EXACT:
+        return float(wilcoxon(differences).pvalue)
+    # Twice the ranks are whole numbers: tied ones end in a half at most.
+    ranks = np.rint(2 * rankdata(np.abs(differences))).astype(int)
+    chance = np.ones(1)  # of each sum of the ranks with a positive sign
+    for rank in ranks:
+        chance = (np.pad(chance, (0, rank)) + np.pad(chance, (rank, 0))) / 2
+    found = ranks[differences > 0].sum()
+    return float(min(1, 2 * min(chance[: found + 1].sum(), chance[found:].sum())))
 
 
 def _mean(values: np.ndarray) -> float:
@@ -198,7 +248,7 @@ def holm(p: list[float]) -> np.ndarray:
 
 
 def cases_needed(tests: int) -> int:
-    """From which number of pairs on a test can be significant after Holm's correction for so many tests.
+    """From which number of pairs that differ on the smallest of so many p can be significant after Holm's correction.
 
     The smallest two-sided p of n pairs is 2 / 2^n: all differences have one sign. The smallest p is multiplied by the
     number of tests.
@@ -209,16 +259,22 @@ def cases_needed(tests: int) -> int:
 def _decide(tests: list[PairedTest]) -> None:
     for test, p in zip(tests, holm([test.p for test in tests])):
         test.p_holm = float(p)
-        if test.pairs < cases_needed(len(tests)):
-            test.verdict = "too few cases"
-        elif p > SIGNIFICANT or test.sign == 0:
-            test.verdict = "no difference shown"
-        else:
+        if p <= SIGNIFICANT:
             test.verdict = "better" if (test.sign < 0) == (test.metric in DISTANCES) else "worse"
+        # Equal values are left out of the test. Where all are equal, they do say something.
+        elif (test.changed or test.pairs) < cases_needed(len(tests)):
+            test.verdict = "too few cases"
+        else:
+            test.verdict = "no difference shown"
 
 
-def page(tests: list[PairedTest], labels: dict[str, str]) -> str:
-    """A table for each model that is compared with the first, and what one has to know to read them, as markdown."""
+def page(tests: list[PairedTest], labels: dict[str, str], compared: str) -> str:
+    """A table for each model that is compared with the first, and what one has to know to read them, as markdown.
+
+    Args:
+        labels: Of the metrics, with units.
+        compared: "cases" or "patients".
+    """
     parts = []
     for other in dict.fromkeys(test.other for test in tests):
         rows = []
@@ -230,17 +286,20 @@ def page(tests: list[PairedTest], labels: dict[str, str]) -> str:
             )
             numbers = [first, second, f"{difference} [{low}, {high}]", f"{t.p:.4f}", f"{t.p_holm:.4f}"]
             rows.append([labels[t.metric], t.class_name, str(t.pairs), *numbers, t.verdict])
-        header = ["metric", "class", "cases", "first", "second", "difference [95 %]", "p", "p (Holm)", "second is"]
+        header = ["metric", "class", compared, "first", "second", "difference [95 %]", "p", "p (Holm)", "second is"]
         parts.append(f"First: {tests[0].first}\nSecond: {other}\n\n{table(header, rows)}")
     parts.append(
-        "Means over the cases that both have a value for; difference: second - first, with the bootstrap interval of "
-        f"its mean. p: Wilcoxon's signed-rank test, two-sided; after Holm's correction for the {len(tests)} tests of "
-        f"this call, {SIGNIFICANT:g} or less counts as a difference."
+        f"Means over the {compared} that both have a value for; difference: second - first, with the bootstrap "
+        f"interval of its mean. p: Wilcoxon's signed-rank test, two-sided; after Holm's correction for the "
+        f"{len(tests)} tests of this call, {SIGNIFICANT:g} or less counts as a difference."
     )
+    if compared == "cases":
+        parts.append("Each case counts as a patient of its own. If some are of one patient, say so with --patient.")
     if any(test.verdict == "too few cases" for test in tests):
         parts.append(
-            f"Too few cases to tell: with {len(tests)} tests no result can be significant below "
-            f"{cases_needed(len(tests))} cases. Evaluate more cases, or compare fewer metrics or models in one call."
+            f"Too few cases to tell: with {len(tests)} tests the smallest p can be significant from "
+            f"{cases_needed(len(tests))} {compared} on that differ. Evaluate more, or compare fewer metrics or models "
+            "in one call."
         )
     return "\n\n".join(parts)
 

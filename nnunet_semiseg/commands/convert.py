@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import importlib
 import json
 import os
@@ -23,6 +23,7 @@ from dataset_conversion.common import SUFFIXES, Case, Download, Source, convert_
 from nnunet_semiseg import __version__
 from nnunet_semiseg.files import write_csv, write_json
 from nnunet_semiseg.parallel import add_processes_argument, over_cases
+from nnunet_semiseg.segmentations import version
 
 SPLITS = ("train", "validation", "test")
 
@@ -65,8 +66,7 @@ def run(args) -> int:
     raw = Path(str(nnUNet_raw))
     # Beside the dataset, so that a rename publishes it; nnU-Net does not see names that do not start with Dataset.
     work = raw / f".unfinished-{name}"
-    # Of this download: what was unpacked of another one must not be found.
-    unpacked = work / f"unpacked-{hashlib.sha1(str(args.i.resolve()).encode()).hexdigest()[:8]}"
+    unpacked = work / "unpacked"
     lists = _read_lists(args.splits, args.budget)
     download = Download(args.i, unpacked)
     cases = _checked(source.cases(download, args))
@@ -77,15 +77,8 @@ def run(args) -> int:
     if splits_file.is_file() and json.loads(splits_file.read_text()) != folds:
         raise FileExistsError(f"{splits_file} is of another dataset that was called {name}. Remove its folder")
 
-    # Cases of an earlier, stopped run are kept if it was the same conversion.
-    plan = {"nnunet_semiseg": __version__, "labels": source.labels, "link": args.link}
-    plan["cases"] = {case.name: [parts[case.name], *map(str, [*case.images, case.label])] for case in cases.values()}
-    plan = json.loads(json.dumps(plan))
-    plan_file, records = work / "plan.json", work / "records"
-    if not plan_file.is_file() or json.loads(plan_file.read_text()) != plan:
-        for folder in (records, work / "dataset"):
-            shutil.rmtree(folder, ignore_errors=True)
-        write_json(plan_file, plan)
+    records = work / "records"
+    _forget_changed(work, {"nnunet_semiseg": __version__, "labels": source.labels, "link": args.link}, cases, parts)
     # Of a process that was killed while it wrote them; nnU-Net would take them for cases.
     for leftover in (work / "dataset").rglob(".unfinished-*"):
         leftover.unlink()
@@ -125,6 +118,28 @@ def run(args) -> int:
         print(f"Warning: {line}", file=sys.stderr)
     print(f"Written to {raw / name}{f'; folds to {splits_file}' if folds else ''}")
     return 0
+
+
+def _forget_changed(work: Path, settings: dict, cases: dict[str, Case], parts: dict[str, str]) -> None:
+    """Remove what an earlier, stopped run wrote of cases that are not the same now, and note what they are."""
+    plan = {"settings": settings, "cases": {}}
+    for case in cases.values():
+        files = [*case.images, *([case.label] if case.label and parts[case.name] != "unlabeled" else [])]
+        plan["cases"][case.name] = [parts[case.name], case.patient, case.frame, *map(version, files)]
+    plan = json.loads(json.dumps(plan))
+    plan_file = work / "plan.json"
+    earlier = json.loads(plan_file.read_text()) if plan_file.is_file() else None
+    if not earlier or earlier["settings"] != plan["settings"]:
+        for folder in ("records", "dataset"):
+            shutil.rmtree(work / folder, ignore_errors=True)
+    else:
+        for name, description in earlier["cases"].items():
+            if plan["cases"].get(name) != description:
+                pattern = glob.escape(name)
+                for found in ("records/{}.json", "dataset/labels*/{}.nii.gz", "dataset/images*/{}_????.nii.gz"):
+                    for file in work.glob(found.format(pattern)):
+                        file.unlink()
+    write_json(plan_file, plan)
 
 
 def _new_name(name_or_id: str, source: str) -> str:
@@ -245,16 +260,20 @@ def assign(cases: list[Case], num_labeled: int | None, lists: dict[str, list[str
 
 
 def make_folds(cases: dict[str, Case], parts: dict[str, str]) -> list[dict] | None:
-    """``splits_final.json``, or None where nnU-Net's own folds are right: one case of each patient, no validation list.
+    """``splits_final.json``, or None where nnU-Net's own folds are right: one case of each of five or more patients.
 
-    With a validation list there is one fold. Otherwise the patients, not the cases, take turns in up to five folds.
+    With a validation list there is one fold. Otherwise the patients, not the cases, take turns in up to five folds: for
+    fewer than five cases nnU-Net makes none. A single patient is for training and validation.
     """
     labeled, validation = (sorted(n for n in parts if parts[n] == part) for part in ("labeled", "validation"))
     if validation:
         return [{"train": labeled, "val": validation}]
     patients = sorted({cases[name].patient for name in labeled})
-    if not 1 < len(patients) < len(labeled):
+    if 5 <= len(patients) == len(labeled):
         return None
+    if len(patients) == 1:
+        print(f"One patient is labeled, {patients[0]}, who is for validation, too: such a validation tells nothing")
+        return [{"train": labeled, "val": labeled}]
     return [
         {key: [name for name in labeled if cases[name].patient in fold[key]] for key in ("train", "val")}
         for fold in generate_crossval_split(patients, n_splits=min(5, len(patients)))

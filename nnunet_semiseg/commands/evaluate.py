@@ -14,7 +14,7 @@ from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name
 from nnunet_semiseg.files import write_csv, write_json
 from nnunet_semiseg.metrics import METRICS, Rules, Summary, case_metrics, summarize
 from nnunet_semiseg.parallel import add_processes_argument, over_cases
-from nnunet_semiseg.segmentations import Classes, find_files, geometry_difference, read_labels
+from nnunet_semiseg.segmentations import Classes, find_files, geometry_difference, patients_of, read_labels, version
 
 TOLERANCE = 2.0
 COUNTS = ("TP", "FP", "FN", "n_ref", "n_pred")
@@ -47,6 +47,11 @@ def add_arguments(parser):
         default="diagonal",
         help="distances of a class that one map lacks: the image's diagonal, or left out (default %(default)s)",
     )
+    parser.add_argument(
+        "--patient",
+        metavar="REGEX",
+        help=r"the patient in a case's name, such as 'patient\d+': intervals are for patients, not cases",
+    )
     parser.add_argument("--chill", action="store_true", help="allow ground truth of cases that were not predicted")
     add_processes_argument(parser)
 
@@ -55,17 +60,22 @@ def run(args) -> int:
     classes, ending = _classes(args)
     rules = Rules(tolerances(args.tolerance, classes), args.unit, args.both_empty, args.one_empty)
     files = _pairs(find_files(args.g, ending), find_files(args.p, ending), args)
+    patients = patients_of(files, args.patient) if args.patient else None
     output = Path(args.o or args.p)
     # One file for each finished case, so that a second call of the command continues.
     unfinished = output / "evaluation.unfinished"
     unfinished.mkdir(parents=True, exist_ok=True)
     jobs, records = {}, {}
     for case, pair in files.items():
-        key = json.dumps([_described(classes, rules), *map(_version, pair)])
+        key = json.dumps([_described(classes, rules), *map(version, pair)])
         part = unfinished / f"{case}.json"
         records[case] = _finished(part, key)
         if records[case] is None:
             jobs[case] = (case, *pair, classes, rules, part, key)
+    if jobs:
+        # If a case fails now, nobody takes the results of an earlier call for these.
+        for result in ("evaluation.csv", "evaluation.json"):
+            (output / result).unlink(missing_ok=True)
     done, failures = over_cases(evaluate_case, jobs, args.np, "Evaluating", done=len(files) - len(jobs))
     if failures:
         print("\n".join(failures), file=sys.stderr)
@@ -76,7 +86,7 @@ def run(args) -> int:
         )
         return 1
     records |= done
-    summary = _write(output, args, list(records.values()), classes, rules)
+    summary = _write(output, args, list(records.values()), classes, rules, patients)
     shutil.rmtree(unfinished)
     print(page(list(records.values()), summary, classes, rules))
     print(f"\nWritten to {output / 'evaluation.csv'} and {output / 'evaluation.json'}")
@@ -124,7 +134,11 @@ def parse_labels(labels: list[str]) -> Classes:
         if name in named:
             raise ValueError(f"--labels has {name} twice")
         named[name] = numbers
-    ignore = named.pop("ignore", (None,))[0]
+    ignore, *others = named.pop("ignore", (None,))
+    if others:
+        raise ValueError(
+            f"--labels ignore={ignore},{others[0]}: only one label can be ignored. Make them one in the files"
+        )
     if not named:
         raise ValueError("--labels has no class")
     known = {0, *(v for values in named.values() for v in values)} | ({ignore} - {None})
@@ -180,10 +194,6 @@ def _described(classes: Classes, rules: Rules) -> dict:
     }
 
 
-def _version(file: Path) -> tuple[str, int, int]:
-    return str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
-
-
 def _finished(part: Path, key: str) -> dict | None:
     """The record of a case that an earlier call finished, if nothing changed since."""
     try:
@@ -225,12 +235,12 @@ def evaluate_case(
     return record
 
 
-def _write(output: Path, args, records: list[dict], classes: Classes, rules: Rules) -> Summary:
+def _write(output: Path, args, records: list[dict], classes: Classes, rules: Rules, patients) -> Summary:
     """evaluation.csv and evaluation.json."""
     values = np.array(
         [[[record["metrics"][name][m] for m in METRICS] for name in classes.names] for record in records], dtype=float
     )
-    summary = summarize(values)
+    summary = summarize(values, patients)
     tolerance = dict(zip(classes.names, rules.tolerances))
     write_csv(
         output / "evaluation.csv",
@@ -261,7 +271,12 @@ def _write(output: Path, args, records: list[dict], classes: Classes, rules: Rul
     write_json(
         output / "evaluation.json",
         {
-            "settings": {"ground_truth": str(args.g), "prediction": str(args.p), **_described(classes, rules)},
+            "settings": {
+                "ground_truth": str(args.g),
+                "prediction": str(args.p),
+                "patient": args.patient,
+                **_described(classes, rules),
+            },
             # As in nnU-Net's summary.json.
             "foreground_mean": mean.pop("foreground_mean"),
             "mean": mean,

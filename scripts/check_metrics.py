@@ -8,6 +8,7 @@ Needs the libraries: pip install "nnunet-semiseg[test]". Each is asked for the m
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from pathlib import Path
 
@@ -90,6 +91,13 @@ def _simpleitk(prediction, truth, spacing):
     }
 
 
+def difference(value, ours, where):
+    """Absolute difference of two numbers; ends with a line about ``where`` if one is none, as max() would lose NaN."""
+    if ours is None or not np.isfinite([value, ours]).all():
+        sys.exit(f"{where} is {value}, but ours is {ours}")
+    return abs(value - ours)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ground_truth", type=Path)
@@ -103,6 +111,8 @@ def main():
     truths, predictions = find_files(args.ground_truth), find_files(args.prediction)
     largest, compared = {}, 0
     for case, file in tqdm(predictions.items(), unit="case"):
+        if case not in truths:
+            sys.exit(f"{file} has no ground truth in {args.ground_truth}. Add it, or remove the prediction")
         (truth, image), (prediction, _) = read_labels(truths[case], classes.known), read_labels(file, classes.known)
         spacing = image.GetSpacing()[::-1]
         ours = case_metrics(truth, prediction, spacing, classes, rules)
@@ -113,7 +123,8 @@ def main():
             for library, values in references(members[prediction], members[truth], spacing, args.tolerance).items():
                 for metric, value in values.items():
                     key = metric, library
-                    largest[key] = max(largest.get(key, 0.0), abs(value - ours[name][metric]))
+                    where = f"{file}, {name}: {metric} of {library}"
+                    largest[key] = max(largest.get(key, 0.0), difference(value, ours[name][metric], where))
     libraries = sorted({library for _, library in largest})
     print(f"{compared} pairs of masks; largest absolute difference (distances in mm)\n")
     print(f"| metric | {' | '.join(libraries)} |\n{'|---' * (len(libraries) + 1)}|")

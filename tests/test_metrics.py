@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_image
 from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from check_metrics import references  # noqa: E402
+import check_metrics  # noqa: E402
 
 from nnunet_semiseg.metrics import (  # noqa: E402
     DISTANCES,
@@ -85,14 +85,31 @@ def test_metrics_equal_those_of_other_libraries(name, shape, spacing, tolerance)
     prediction, truth = pairs(shape)[name]
     result = ours(prediction, truth, spacing, tolerance)
     compared = []
-    for library, values in references(prediction, truth, spacing, tolerance).items():
+    for library, values in check_metrics.references(prediction, truth, spacing, tolerance).items():
         # MONAI and SimpleITK compute in single precision.
-        exact = library in ("MedPy", "surface-distance")
+        tolerance_of = 1e-12 if library in ("MedPy", "surface-distance") else 1e-5
         for metric, value in values.items():
-            assert result[metric] == pytest.approx(value, rel=1e-12 if exact else 1e-5, abs=1e-5), (library, metric)
+            assert result[metric] == pytest.approx(value, rel=tolerance_of, abs=tolerance_of), (library, metric)
             compared.append(metric)
     # Two independent implementations of each; of the critical success index, there is the test below.
     assert all(compared.count(metric) >= 2 for metric in METRICS if metric != "CSI")
+
+
+@pytest.mark.parametrize("value, ours", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, None)])
+def test_a_value_that_is_none_is_no_agreement(value, ours):
+    with pytest.raises(SystemExit, match="HD of MedPy is"):
+        check_metrics.difference(value, ours, "HD of MedPy")
+    assert check_metrics.difference(1.5, 1.0, "HD of MedPy") == 0.5
+
+
+def test_check_names_a_prediction_without_ground_truth(tmp_path, monkeypatch):
+    for file in ("truth/a.nii.gz", "prediction/a.nii.gz", "prediction/b.nii.gz"):
+        write_image(blob(SHAPE, 1).astype(np.uint8), tmp_path / file)
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "x": 1}}')
+    arguments = [str(tmp_path / name) for name in ("truth", "prediction", "dataset.json")]
+    monkeypatch.setattr(sys, "argv", ["check_metrics.py", *arguments])
+    with pytest.raises(SystemExit, match="b.nii.gz has no ground truth in .*truth. Add it"):
+        check_metrics.main()
 
 
 def slow_surface(mask, ignored):

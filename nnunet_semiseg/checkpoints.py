@@ -97,6 +97,21 @@ def plain(network_weights: dict, mirroring_axes, configuration: str) -> dict:
     }
 
 
+def restarted(checkpoint: dict) -> dict:
+    """A checkpoint from which ``--c`` starts a training at epoch 0 with all weights of a finished one.
+
+    Unlike nnU-Net's ``-pretrained_weights`` it keeps the output layers and the companions (teacher, second network),
+    and a training that is killed and continued does not start anew.
+    """
+    new = {**checkpoint, "current_epoch": 0, "_best_ema": None, "logging": {name: [] for name in checkpoint["logging"]}}
+    if STATE_KEY in new:
+        # A second phase starts when it is its time in this training.
+        method = {**new[STATE_KEY]["method"]}
+        method.update({"phase_2_start": None} if "phase_2_start" in method else {})
+        new[STATE_KEY] = {**new[STATE_KEY], "method": method}
+    return new
+
+
 def as_written_by(save) -> dict:
     """The checkpoint that ``save(stream)`` writes, on the CPU, so that more can be added to it."""
     stream = io.BytesIO()

@@ -12,8 +12,8 @@ from pathlib import Path
 from nnunet_semiseg import __version__
 from nnunet_semiseg.files import write_json
 
-# What a later call may change: more rounds, and to go on after a drift.
-MAY_CHANGE = ("rounds", "allow_drift")
+# What a later call may change: more rounds, and when to stop.
+MAY_CHANGE = ("rounds", "dataset_ids", "max_drop", "allow_drift")
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Manifest:
         stopped: Why no further round follows, or None.
         versions: Of the packages that the first call used.
         calls: The command lines that did something, in their order.
+        cases: The labeled and unlabeled cases and the folds of round 0.
     """
 
     file: Path
@@ -35,6 +36,7 @@ class Manifest:
     stopped: str | None = None
     versions: dict = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    cases: dict = field(default_factory=dict)
 
     @classmethod
     def open(cls, file: Path, arguments: dict) -> Manifest:

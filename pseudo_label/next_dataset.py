@@ -61,6 +61,9 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
         raise ValueError(f"{splits_file} has {len(splits)} folds, so there is no fold {absent[0]}. They count from 0")
     chosen = {fold: splits[fold] for fold in folds}
     hidden = [sorted(split.get("unlabeled", [])) for split in chosen.values()]
+    unknown = sorted({c for cases in hidden for c in cases} - set(labeled))
+    if unknown:
+        raise CaseError(f"{splits_file} hides {unknown[0]}, which is not in {dataset.raw / 'imagesTr'}")
     if any(cases != hidden[0] for cases in hidden):
         raise ValueError(
             f"{splits_file}: the folds {', '.join(map(str, folds))} hide the labels of different cases, so that one "
@@ -70,7 +73,8 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
     if unknown:
         raise CaseError(f"{splits_file} names {unknown[0]}, which is not in {dataset.raw / 'imagesTr'}")
     unlabeled = {case: labeled[case][0] for case in hidden[0]}
-    if (dataset.raw / "imagesUn").is_dir() or not unlabeled:
+    folder = dataset.raw / "imagesUn"
+    if not unlabeled or (folder.is_dir() and any(folder.iterdir())):
         more = dataset.images("imagesUn")
         both = sorted(set(more) & set(labeled))
         if both:
@@ -86,12 +90,10 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
 def free_ids(first: int, number: int) -> list[int]:
     """The lowest dataset ids from ``first`` on that no folder of nnU-Net uses."""
     used = used_ids()
-    found = []
-    while len(found) < number:
-        if first not in used:
-            found.append(first)
-        first += 1
-    return found
+    free = [i for i in range(first, 1000) if i not in used]
+    if len(free) < number:
+        raise ValueError(f"There are not {number} free dataset ids from {first} to 999. Choose some with --dataset-ids")
+    return free[:number]
 
 
 def used_ids() -> set[int]:
@@ -185,6 +187,8 @@ class NextDataset:
         shutil.copyfile(dataset.raw / "dataset.json", _made(folder / "dataset.json"))
         shutil.copyfile(self.first.preprocessed / "dataset_fingerprint.json", folder / "dataset_fingerprint.json")
         plans = json.loads((self.first.preprocessed / f"{self.plans_name}.json").read_text())
+        # After a training nnU-Net would look for this dataset's folder of the next stage, which nobody asked for.
+        plans["configurations"][self.configuration_name].pop("next_stage", None)
         write_json(folder / f"{self.plans_name}.json", {**plans, "dataset_name": self.name})
         write_json(folder / "splits_final.json", self._splits())
         for file in sorted((dataset.raw / "labelsTr").iterdir()):
@@ -192,15 +196,19 @@ class NextDataset:
 
         data = dataset.plans(self.plans_name).get_configuration(self.configuration_name).data_identifier
         before = self.previous.preprocessed / data
-        self._link(before, folder / data, self.cases.labeled)
+        adds_ignore = self.ignore is not None and "ignore" not in self.first.json["labels"]
+        if self.previous.name != self.first.name or not adds_ignore:
+            # Otherwise they are preprocessed: with an ignore label nnU-Net wants to know where annotated voxels are.
+            self._link(before, folder / data, self.cases.labeled)
         if self.previous.name != self.first.name:
             # What the first dataset has under these names are the labels that its fold hides.
             self._link(before, folder / data, self.pseudo)
         self._link(store_folder(before), store_folder(folder / data), self.remaining)
-        raw_labels = {case: dataset.raw / "labelsTr" / f"{case}{self.first.file_ending}" for case in self.pseudo}
+        images = {case: files for case, (files, _) in self.cases.labeled.items()}
+        images |= {case: self.cases.unlabeled[case] for case in self.pseudo}
+        labels = {case: dataset.raw / "labelsTr" / f"{case}{self.first.file_ending}" for case in images}
         arguments = (dataset, self.plans_name, self.configuration_name)
-        pseudo = {case: self.cases.unlabeled[case] for case in self.pseudo}
-        failures = preprocess_cases(*arguments, pseudo, folder / data, self.processes, raw_labels)
+        failures = preprocess_cases(*arguments, images, folder / data, self.processes, labels)
         failures += preprocess_cases(*arguments, self.remaining, store_folder(folder / data), self.processes)
         if failures:
             raise CaseError("\n".join([*failures, f"{len(failures)} cases could not be preprocessed. Mend them"]))

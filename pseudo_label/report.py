@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from pseudo_label import pictures
 from pseudo_label.executors import HEADER
 from pseudo_label.manifest import Manifest
 from pseudo_label.rounds import Member
-from pseudo_label.scores import CaseScore, read_scores
+from pseudo_label.scores import read_scores
 from pseudo_label.selection_files import scored_classes
 
 # Cases of each kind that are shown as pictures.
@@ -34,7 +33,10 @@ def collect(folder: Path) -> dict:
         FileNotFoundError, ValueError: naming the file that is missing or damaged.
     """
     manifest = Manifest.read(folder / "manifest.json")
-    rounds = [_round(folder / f"round_{number}", number, of) for number, of in enumerate(manifest.rounds)]
+    rounds, volumes = [], {}
+    for number, of in enumerate(manifest.rounds):
+        found, volumes = _round(folder / f"round_{number}", number, of, volumes)
+        rounds.append(found)
     return {
         "work_folder": str(folder),
         "dataset": manifest.arguments["dataset"],
@@ -56,7 +58,11 @@ def _member(number: int, text: str) -> dict:
     return {"short": f"M{number}", "name": member.name, **asdict(member), "seed": seed if seed >= 0 else None}
 
 
-def _round(folder: Path, number: int, of: dict) -> dict:
+def _round(folder: Path, number: int, of: dict, volumes: dict) -> tuple[dict, dict]:
+    """What is told about a round, and {case: volumes of its newest consensus} of this and earlier rounds.
+
+    Means are over all cases, the accepted ones of earlier rounds as well: those that are left are other cases.
+    """
     found = {
         "number": number,
         "dataset": of["dataset"],
@@ -66,10 +72,10 @@ def _round(folder: Path, number: int, of: dict) -> dict:
         "drift": of.get("drift", []),
         "accepted": of.get("accepted"),
         "remaining": of.get("remaining"),
+        "reused": of.get("reused", []),
         "annotate": of.get("annotate", []),
         "commands": _commands(folder, of),
         "cases": [],
-        "volumes_mm3": {},
     }
     if "score" in of["steps"]:
         scores = read_scores(folder / "scores")
@@ -78,8 +84,10 @@ def _round(folder: Path, number: int, of: dict) -> dict:
             {**asdict(scores[case]), **decisions.get(case, {"accepted": None, "reasons": None})}
             for case in sorted(scores, key=lambda case: (-(scores[case].score or 0), case))
         ]
-        found["volumes_mm3"] = _mean_volumes(scores)
-    return found
+        volumes = volumes | {case: {k: own.volume_mm3 for k, own in s.classes.items()} for case, s in scores.items()}
+    names = next(iter(volumes.values()), {})
+    found["volumes_mm3"] = {name: sum(v[name] for v in volumes.values()) / len(volumes) for name in names}
+    return found, volumes
 
 
 def _decisions(file: Path) -> dict[str, dict]:
@@ -91,11 +99,6 @@ def _decisions(file: Path) -> dict[str, dict]:
             row["case"]: {"accepted": row["accepted"] == "yes", "reasons": row["reasons"]}
             for row in csv.DictReader(stream)
         }
-
-
-def _mean_volumes(scores: Mapping[str, CaseScore]) -> dict[str, float]:
-    names = next(iter(scores.values())).classes if scores else ()
-    return {name: sum(s.classes[name].volume_mm3 for s in scores.values()) / len(scores) for name in names}
 
 
 def _commands(folder: Path, of: dict) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,20 +12,23 @@ from pathlib import Path
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_semiseg import checkpoints
 from nnunet_semiseg.datasets import CaseError, Dataset
 from nnunet_semiseg.files import link
+from nnunet_semiseg.parallel import over_cases
 from nnunet_semiseg.segmentations import Classes, read_labels
 from nnunet_semiseg.trainers.options import OptionError
 from nnunet_semiseg.trainers.registry import find_trainer
-from pseudo_label.executors import Failure, Job
+from pseudo_label.executors import Failure, Job, lock
 from pseudo_label.manifest import Manifest
 from pseudo_label.next_dataset import NextDataset, free_ids, read_cases, used_ids
 from pseudo_label.scores import CaseScore, read_scores, score_members
 from pseudo_label.selection import Rules, select, to_annotate
 from pseudo_label.selection_files import export_for_annotation, ignore_value, write_selection
 
-# A class whose share of the foreground changes by more than this factor has drifted.
-DRIFT_FACTOR = 2.0
+# A class whose mean volume changes by more than this factor has drifted: from the labeled cases, which are few and
+# other ones, and from a round to the next, on the same cases.
+DRIFT_FROM_LABELED, DRIFT_BETWEEN_ROUNDS = 3.0, 2.0
 STEPS = ("predict", "score", "select", "build", "train")
 
 
@@ -81,7 +85,7 @@ class Settings:
         rounds: How often the labeled set grows, at most.
         dataset_ids: Of the rounds' datasets; empty for free ones.
         min_agreement: Voxels with less agreement become the ignore label; 0 for none.
-        finetune: A round starts from the weights of the one before, rather than anew.
+        finetune: A round starts from all weights of the one before, rather than anew.
         repeat_real: How often a labeled case counts as one with a pseudo label.
         max_drop: By how much the members' mean validation Dice may fall from a round to the next.
         allow_drift: Go on although a class has drifted or is gone.
@@ -146,12 +150,53 @@ class Rounds:
             raise ValueError(
                 f"{s.plans} has no configuration {s.configuration}. It has {', '.join(plans.available_configurations)}"
             )
+        if plans.get_configuration(s.configuration).previous_stage_name:
+            raise ValueError(
+                f"{s.configuration} is the second stage of a cascade. Use the members' first stage for rounds"
+            )
+        if self._needs_probabilities and plans.plans["image_reader_writer"].endswith("WithReorient"):
+            raise ValueError(
+                f"{s.plans} read images with {plans.plans['image_reader_writer']}, which writes probabilities in "
+                "another orientation than label maps. Use --consensus majority"
+            )
         self.cases = read_cases(self.first, sorted({member.fold for member in self.members}))
         self.manifest = Manifest.open(self.folder / "manifest.json", json.loads(json.dumps(asdict(s))))
-        if s.dataset_ids and len(s.dataset_ids) != s.rounds:
-            raise ValueError(f"{len(s.dataset_ids)} dataset ids for {s.rounds} rounds. Give one for each")
-        own = {int(of["dataset"][7:10]) for of in self.manifest.rounds}
-        taken = sorted(set(s.dataset_ids) & (used_ids() - own))
+        self._check_cases()
+        self._check_dataset_ids()
+
+    def _check_cases(self) -> None:
+        """Raises ValueError if cases were added, removed or moved to another part since round 0."""
+        folds = {str(fold): of for fold, of in self.cases.folds.items()}
+        now = {"labeled": list(self.cases.labeled), "unlabeled": list(self.cases.unlabeled), "folds": folds}
+        before = self.manifest.cases or now
+        for part in ("labeled", "unlabeled"):
+            changed = sorted(set(before[part]) ^ set(now[part]))
+            if changed:
+                how = "no longer" if changed[0] in before[part] else "new as"
+                raise ValueError(
+                    f"Since these rounds began, the case {changed[0]} is {how} {part}. Undo that, or start new rounds "
+                    "with another -o"
+                )
+        if before["folds"] != folds:
+            raise ValueError(
+                f"{self.first.preprocessed / 'splits_final.json'} has changed since these rounds began. Restore it, or "
+                "start new rounds with another -o"
+            )
+        self.manifest.cases = now
+
+    def _check_dataset_ids(self) -> None:
+        ids, own = self.settings.dataset_ids, [int(of["dataset"][7:10]) for of in self.manifest.rounds[1:]]
+        if not ids:
+            return
+        if len(ids) != self.settings.rounds:
+            raise ValueError(f"{len(ids)} dataset ids for {self.settings.rounds} rounds. Give one for each")
+        if len(set(ids)) < len(ids) or not all(0 < number < 1000 for number in ids):
+            raise ValueError(f"The dataset ids {' '.join(map(str, ids))} are not different numbers from 1 to 999")
+        if list(ids[: len(own)]) != own:
+            raise ValueError(
+                f"The first rounds have the dataset ids {' '.join(map(str, own))}. Give these, and then new ones"
+            )
+        taken = sorted(set(ids[len(own) :]) & used_ids())
         if taken:
             raise ValueError(f"The dataset id {taken[0]} is taken. Use another one, or leave --dataset-ids out")
 
@@ -164,24 +209,35 @@ class Rounds:
             RuntimeError: with the ends of the logs, if trainings or predictions failed; a further call continues.
             CaseError, OSError: naming the case or file.
         """
+        held = lock(self.folder / ".lock")
+        if held is None:
+            raise ValueError(f"Another call works on {self.folder}. Wait for it, or stop it")
+        with held:
+            self._loop()
+        return self.manifest.stopped
+
+    def _loop(self) -> None:
         manifest = self.manifest
         if not manifest.rounds:
             manifest.rounds.append({"dataset": self.first.name, "steps": {}})
             manifest.write()
         if not manifest.is_done(0, "train"):
+            print("Round 0: train", flush=True)
             with manifest.step(0, "train") as of:
+                of["reused"] = self._already_trained()
                 of["validation"] = self._train(0)
         while manifest.stopped is None:
             number = len(manifest.rounds) - 1
             if manifest.is_done(number, "train"):
-                if number >= self.settings.rounds:
-                    self._stop(f"All {number} rounds are done")
+                # It may have been killed before it stopped, or be asked for more rounds after it did.
+                reason = self._reason_to_stop(number, "train") if number else None
+                if reason or number >= self.settings.rounds:
+                    self._stop(reason or f"All {number} rounds are done")
                     break
                 number += 1
                 manifest.rounds.append({"dataset": self._next_name(number), "steps": {}})
                 manifest.write()
             self._round(number)
-        return manifest.stopped
 
     def _round(self, number: int) -> None:
         """The steps of a round that are not done; it may stop the rounds."""
@@ -234,17 +290,69 @@ class Rounds:
         of["validation"] = self._train(number)
 
     def _train(self, number: int) -> dict[str, float]:
-        """Train the members that are not trained; returns {member: nnU-Net's mean foreground Dice on its fold}."""
-        self._run([self._training(number, m) for m in self.members if not self._summary(number, m).is_file()])
-        found = {}
+        """Train the members that are not trained; returns {member: mean validation Dice on its fold}."""
+        waiting = [member for member in self.members if self._validation(number, member) is None]
+        if self.settings.finetune and number > 0:
+            for member in waiting:
+                self._start_from_round_before(number, member)
+        self._run([self._training(number, member) for member in waiting])
+        found = {member.name: self._validation(number, member) for member in self.members}
         for member in self.members:
-            file = self._summary(number, member)
-            if not file.is_file():
+            if found[member.name] is None:
                 raise RuntimeError(
-                    f"The training of {member.name} left no {file}. Its log: {self._log(number, member)}"
+                    f"The training of {member.name} left no {self._summary(number, member)}. Its log: "
+                    f"{self._log(number, member)}"
                 )
-            found[member.name] = json.loads(file.read_text())["foreground_mean"]["Dice"]
         return found
+
+    def _already_trained(self) -> list[str]:
+        """The members whose models of round 0 are not of these rounds.
+
+        Raises:
+            ValueError: if one was validated on other cases than its fold has.
+        """
+        found = []
+        for member in self.members:
+            file = self._summary(0, member)
+            if self._validation(0, member) is None or self._log(0, member).is_file():
+                continue
+            cases = {Path(of["reference_file"]).name for of in json.loads(file.read_text())["metric_per_case"]}
+            if cases != {f"{case}{self.first.file_ending}" for case in self.cases.folds[member.fold]["val"]}:
+                raise ValueError(
+                    f"{file} is of other validation cases than fold {member.fold} has. Move {file.parent.parent} "
+                    "away, and the member is trained"
+                )
+            print(f"{member.name} is trained already, and is used as it is: {file.parent.parent}")
+            found.append(member.name)
+        return found
+
+    def _start_from_round_before(self, number: int, member: Member) -> None:
+        """Put a checkpoint there with which ``--c`` starts, unless the training has its own already."""
+        fold = self._fold_folder(number, member)
+        if not any(fold.glob("checkpoint_*.pth")):
+            fold.mkdir(parents=True, exist_ok=True)
+            before = checkpoints.read(self._fold_folder(number - 1, member) / "checkpoint_final.pth")
+            checkpoints.write(checkpoints.restarted(before), fold / "checkpoint_latest.pth")
+
+    def _validation(self, number: int, member: Member) -> float | None:
+        """Mean Dice over the classes that the validation cases have; None while the training is not finished.
+
+        Raises:
+            ValueError: if the validation cases have no class at all.
+        """
+        file = self._summary(number, member)
+        try:
+            # nnU-Net's own mean over classes is NaN if one is in no validation case.
+            of_classes = json.loads(file.read_text())["mean"].values()
+        except (FileNotFoundError, ValueError):
+            # A kill cuts it off; --c makes it anew.
+            return None
+        dice = [of["Dice"] for of in of_classes if of["n_ref"] > 0]
+        if not dice:
+            raise ValueError(
+                f"The validation cases of fold {member.fold} have no foreground, so no round can be judged"
+            )
+        return sum(dice) / len(dice)
 
     def _predict_step(self, number: int, of: dict) -> None:
         images = self.round_folder(number) / "images"
@@ -252,27 +360,61 @@ class Rounds:
         for case, files in remaining.items():
             for channel, file in enumerate(files):
                 link(file, images / f"{case}_{channel:04d}{self.first.file_ending}")
-        waiting = [member for member in self.members if self._unpredicted(number, member, remaining)]
+        resumed = any(self._predicted(number, member).is_dir() for member in self.members)
+        self._predict(number, remaining)
+        if resumed:
+            # A kill cuts off files, which --continue_prediction takes for finished. They are looked for only now: jobs
+            # on a cluster go on after a kill and may have been writing them.
+            for file in self._damaged(number, remaining):
+                file.unlink()
+            self._predict(number, remaining)
+        of["predicted"] = len(remaining)
+
+    def _predict(self, number: int, cases) -> None:
+        """Run the predictions of members that lack cases. Raises RuntimeError naming a case that is lacking then."""
+        waiting = [member for member in self.members if self._unpredicted(number, member, cases)]
         self._run([job for member in waiting for job in self._predictions(number, member)])
-        for member in self.members:
-            missing = self._unpredicted(number, member, remaining)
+        for member in waiting:
+            missing = self._unpredicted(number, member, cases)
             if missing:
                 raise RuntimeError(
                     f"The prediction of {member.name} left no {missing[0]} in {self._predicted(number, member)}. Its "
                     f"logs: {self.round_folder(number) / 'logs'}"
                 )
-        of["predicted"] = len(remaining)
+
+    def _unpredicted(self, number: int, member: Member, cases) -> list[str]:
+        """The cases without one of a member's files."""
+        files = {case: self._prediction_files(number, member, case) for case in cases}
+        return [case for case in cases if not all(file.is_file() for file in files[case])]
+
+    def _prediction_files(self, number: int, member: Member, case: str) -> list[Path]:
+        folder = self._predicted(number, member)
+        endings = [self.first.file_ending, *([".npz"] if self._needs_probabilities else [])]
+        return [folder / f"{case}{ending}" for ending in endings]
+
+    def _damaged(self, number: int, cases) -> list[Path]:
+        jobs = {
+            f"{member.name} {case}": (self._prediction_files(number, member, case), self.classes)
+            for member in self.members
+            for case in cases
+        }
+        found, failures = over_cases(_damaged_files, jobs, self.processes, "Checking")
+        if failures:
+            raise CaseError("\n".join(failures))
+        return [file for files in found.values() for file in files]
 
     def _score_step(self, number: int, of: dict) -> None:
         scores = score_members(
             [self._predicted(number, member) for member in self.members],
             self.scored(number),
             self.classes,
-            self.settings.consensus,
+            self.settings.consensus or "mean",
             self.settings.per_slice,
             self.settings.metric,
             labeled=self._labels_of_training_cases(),
             processes=self.processes,
+            # On the few cases that are left members that differ may agree.
+            allow_identical=number > 1,
         )
         of["score_command"] = shlex.join(self._score_command(number))
         of["drift"] = self._drift(number, scores)
@@ -301,28 +443,27 @@ class Rounds:
     # ------------------------------------------------------------------------------------------------- drift of classes
 
     def _drift(self, number: int, scores: dict[str, CaseScore]) -> list[str]:
-        """What is suspicious about the classes' shares of the foreground: one line for each class, empty if nothing is.
+        """What is suspicious about the classes' mean volumes: one line for each class, empty if nothing is.
 
         Round 1 is compared with the labeled cases, a later one with the round before, on the cases that both have: the
         cases that are left are harder ones, which is no drift.
         """
         volumes = {case: {k: own.volume_mm3 for k, own in score.classes.items()} for case, score in scores.items()}
         if number == 1:
-            what = "the labeled cases"
+            what, factor = "the labeled cases", DRIFT_FROM_LABELED
             file = self.scored(1) / "labeled_volumes.json"
-            before, now = list(json.loads(file.read_text()).values()), list(volumes.values())
+            before = list(json.loads(file.read_text()).values())
         else:
-            what = f"round {number - 1}"
+            what, factor = f"round {number - 1}", DRIFT_BETWEEN_ROUNDS
             former = self._scores(number - 1)
             before = [{k: own.volume_mm3 for k, own in former[case].classes.items()} for case in scores]
-            now = list(volumes.values())
         found = []
-        shares_before, shares = _shares(before), _shares(now)
-        for name, share in shares.items():
-            if share == 0 and shares_before[name] > 0:
+        for name in self.classes.names:
+            old, new = _mean(of[name] for of in before), _mean(of[name] for of in volumes.values())
+            if new == 0 and old > 0:
                 found.append(f"no case has {name}")
-            elif shares_before[name] > 0 and not 1 / DRIFT_FACTOR <= share / shares_before[name] <= DRIFT_FACTOR:
-                found.append(f"{name} is {share:.1%} of the foreground, in {what} it is {shares_before[name]:.1%}")
+            elif old > 0 and not 1 / factor <= new / old <= factor:
+                found.append(f"{name} has {new:.3g} mm3 in the mean case, in {what} it has {old:.3g}")
         return found
 
     def _labels_of_training_cases(self) -> Path:
@@ -363,11 +504,13 @@ class Rounds:
         rounds = self.manifest.rounds
         pseudo, provenance = {}, {}
         for i in range(1, number + 1):
-            for case in rounds[i].get("accepted", []):
+            accepted = rounds[i].get("accepted", [])
+            scores = self._scores(i) if accepted else {}
+            for case in accepted:
                 pseudo[case] = self.round_folder(i) / "selection" / "labels" / f"{case}{self.first.file_ending}"
                 provenance[case] = {
                     "round": i,
-                    "score": self._scores(i)[case].score,
+                    "score": scores[case].score,
                     "members": [member.name for member in self.members],
                 }
         return NextDataset(
@@ -393,15 +536,10 @@ class Rounds:
         return self._fold_folder(number, member) / "validation" / "summary.json"
 
     def _training(self, number: int, member: Member) -> Job:
-        s, fold = self.settings, self._fold_folder(number, member)
+        s = self.settings
         command = ["nnUNetv2_train", self.manifest.rounds[number]["dataset"], s.configuration, str(member.fold)]
-        command += ["-tr", member.trainer, "-p", s.plans]
-        if s.finetune and number > 0 and not any(fold.glob("checkpoint_*.pth")):
-            weights = self._fold_folder(number - 1, member) / "checkpoint_final.pth"
-            command += ["-pretrained_weights", str(weights)]
-        else:
-            # Starts anew where there is nothing to continue.
-            command.append("--c")
+        # Starts anew where there is nothing to continue.
+        command += ["-tr", member.trainer, "-p", s.plans, "--c"]
         return Job(f"train_{member.name}", tuple(command), self._log(number, member))
 
     def _predictions(self, number: int, member: Member) -> list[Job]:
@@ -422,20 +560,6 @@ class Rounds:
     @property
     def _needs_probabilities(self) -> bool:
         return self.settings.consensus in (None, "mean")
-
-    def _unpredicted(self, number: int, member: Member, cases) -> list[str]:
-        """The cases that a member has not predicted; a label map that a kill has cut off is removed."""
-        folder, ending = self._predicted(number, member), self.first.file_ending
-        missing = []
-        for case in cases:
-            file = folder / f"{case}{ending}"
-            try:
-                # nnU-Net writes the probabilities first.
-                read_labels(file, self.classes.known)
-            except CaseError:
-                file.unlink(missing_ok=True)
-                missing.append(case)
-        return missing
 
     def _run(self, jobs: Sequence[Job]) -> None:
         failures: list[Failure] = self.executor.run(jobs)
@@ -462,6 +586,8 @@ class Rounds:
                 lines.append(shlex.join(self._score_command(number)))
                 lines.append(shlex.join(self._select_command(number)))
                 lines.append(f"# Link and preprocess {manifest.rounds[number]['dataset']}")
+                if s.finetune:
+                    lines.append(f"# Start each member from its checkpoint of {manifest.rounds[number - 1]['dataset']}")
                 lines += self.executor.describe([self._training(number, member) for member in self.members])
             return lines
         finally:
@@ -495,8 +621,10 @@ def _mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _shares(volumes: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each class's share of the sum of all classes' volumes over cases."""
-    totals = {name: sum(of[name] for of in volumes) for name in volumes[0]}
-    everything = sum(totals.values())
-    return {name: total / everything if everything else 0.0 for name, total in totals.items()}
+def _damaged_files(files: list[Path], classes: Classes) -> list[Path]:
+    """Those of a case's label map and probabilities that are cut off; both, or nnU-Net would write only one."""
+    try:
+        read_labels(files[0], classes.known)
+    except CaseError:
+        return files
+    return files if not all(zipfile.is_zipfile(file) for file in files[1:]) else []

@@ -201,6 +201,7 @@ def score_members(
     labeled: Path | None = None,
     processes: int = DEFAULT_PROCESSES,
     overwrite: bool = False,
+    allow_identical: bool = False,
 ) -> dict[str, CaseScore]:
     """Consensus and scores of all cases in the folders of two or more members.
 
@@ -217,6 +218,7 @@ def score_members(
         labeled: Folder of the label maps of labeled cases, with which volumes are compared; None for no comparison.
         processes: Each holds one case in memory.
         overwrite: Remove what an earlier call left in ``out`` first.
+        allow_identical: Members may agree in every voxel of every case.
 
     Returns:
         {case: its scores}, sorted.
@@ -250,7 +252,7 @@ def score_members(
         raise ValueError(
             f"{out} has the case {stale[0]}, which the members no longer have. Use --overwrite, or another -o"
         )
-    if not done:
+    if not done and not allow_identical:
         _refuse_identical(files, classes)
     if overwrite:
         for name in _OUTPUTS:

@@ -11,6 +11,10 @@ from pseudo_label.commands.select import add_rules, read_rules
 from pseudo_label.executors import LocalExecutor, SlurmExecutor
 from pseudo_label.rounds import Rounds, Settings
 from pseudo_label.scores import CONSENSUS, METRICS
+from pseudo_label.selection import Rules
+
+# Where no rule is given.
+DEFAULT_THRESHOLD = 0.9
 
 
 def add_arguments(parser):
@@ -70,13 +74,16 @@ def add_arguments(parser):
 
 def run(args) -> None:
     dataset = Dataset(dataset_name(args.d))
+    rules = read_rules(args, Classes.from_dataset_json(dataset.json))
+    if rules == Rules():
+        rules = Rules(threshold=DEFAULT_THRESHOLD)
     settings = Settings(
         dataset=dataset.name,
         configuration=args.c,
         plans=args.p,
         members=tuple(args.members),
         rounds=args.rounds,
-        rules=read_rules(args, Classes.from_dataset_json(dataset.json)),
+        rules=rules,
         dataset_ids=tuple(args.dataset_ids),
         consensus=args.consensus,
         metric=args.metric,

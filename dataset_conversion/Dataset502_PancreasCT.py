@@ -19,7 +19,7 @@ from nnunet_semiseg.datasets import CaseError
 from nnunet_semiseg.segmentations import labels_of
 
 WITHDRAWN = (25, 70)
-# The published lists (CoraNet, BCP) are in the order of the numbers: the first 62 train, the others test.
+# The published lists (CoraNet, BCP) are in the order of the numbers, without the withdrawn: 62 train, 18 test.
 LAST_TRAINING_CASE = 63
 # How much better the best orientation has to be than the second best. On MR of the left atrium, which has far fewer
 # voxels and weaker edges than CT, the right one was better by 14 % or more in 80 of 80 scans.

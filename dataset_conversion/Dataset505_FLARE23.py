@@ -8,6 +8,8 @@ nnU-Net ignores these voxels.
 
 from __future__ import annotations
 
+import json
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import numpy as np
 
 from dataset_conversion.common import Case, Download, Source, read_volume
 from dataset_conversion.Dataset504_FLARE22 import ORGANS, images_and_labels, tuning_cases
+from nnunet_semiseg.files import write_json
 from nnunet_semiseg.parallel import over_cases
-from nnunet_semiseg.segmentations import labels_of
+from nnunet_semiseg.segmentations import labels_of, version
 
 
 def cases(download: Download, args: Namespace) -> list[Case]:
@@ -26,16 +29,29 @@ def cases(download: Download, args: Namespace) -> list[Case]:
     alone = sorted(set(labels) - set(images))
     if alone:
         raise ValueError(f"{labels[alone[0]]} has no image {alone[0]}_0000.nii.gz. Download imagesTr2200")
-    complete, failures = over_cases(_is_complete, {n: (f,) for n, f in labels.items()}, args.np, "which are complete")
+    # Beside what is unpacked: a second call does not read them again.
+    known = download.unpacked.with_name("complete")
+    jobs = {name: (file, known / f"{name}.json") for name, file in labels.items()}
+    complete, failures = over_cases(_is_complete, jobs, args.np, "which are complete")
     if failures:
-        raise ValueError(failures[0].removeprefix("Error: "))
+        print("\n".join(failures), file=sys.stderr)
+        raise ValueError(f"{len(failures)} of {len(labels)} labels cannot be read (above), each with its cure")
     return [
         Case(name, name, (file,), labels[name] if complete.get(name) else None) for name, file in sorted(images.items())
     ] + tuning_cases(download, "FLARE23Ts_*")
 
 
-def _is_complete(file: Path) -> bool:
-    return set(range(1, len(ORGANS) + 1)) <= set(np.unique(labels_of(read_volume(file, []), file)).tolist())
+def _is_complete(file: Path, known: Path) -> bool:
+    """Whether a label has all organs, from ``known`` if that is of the same file."""
+    key = json.dumps(version(file))
+    if known.is_file():
+        content = json.loads(known.read_text())
+        if content["key"] == key:
+            return content["complete"]
+    values = np.unique(labels_of(read_volume(file, []), file)).tolist()
+    complete = set(range(1, len(ORGANS) + 1)) <= set(values)
+    write_json(known, {"key": key, "complete": complete})
+    return complete
 
 
 SOURCE = Source(

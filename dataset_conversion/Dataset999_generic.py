@@ -12,6 +12,9 @@ from pathlib import Path
 from dataset_conversion.common import Case, Download, Source
 from nnunet_semiseg.segmentations import find_files, patients_of
 
+# Of further formats that SimpleITK reads; of pairs of files, the one with the header.
+ENDINGS = (".gipl.gz", ".hdr.gz", ".gipl", ".hdr", ".jpeg", ".jpg", ".mnc", ".nhdr", ".vtk")
+
 
 def _label(text: str) -> tuple[str, tuple[int, ...]]:
     name, _, values = text.partition("=")
@@ -53,7 +56,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
 def _of_folders(download: Download, args: Namespace) -> list[Case]:
     images, labels = (_inside(download, name) for name in (args.images, args.segmentations))
     try:
-        files = find_files(images)
+        files = find_files(images, more=ENDINGS)
     except FileNotFoundError:
         # Then every sub-folder is a DICOM series.
         files = {f.name: f for f in sorted(images.iterdir()) if f.is_dir() and not f.name.startswith(".")}
@@ -65,7 +68,7 @@ def _of_folders(download: Download, args: Namespace) -> list[Case]:
         base, number = name.rpartition("_")[::2]
         is_channel = re.fullmatch(r"\d{4}", number) and f"{base}_0000" in files
         channels.setdefault(base if is_channel else name, []).append(file)
-    found = find_files(labels)
+    found = find_files(labels, more=ENDINGS)
     alone = sorted(set(found) - set(channels))
     if alone:
         raise ValueError(f"{found[alone[0]]} has no image in {images}. Images are called, e.g., {next(iter(files))}")

@@ -237,6 +237,9 @@ def read_volume(path: Path, notes: list[str]) -> sitk.Image:
     """
     if path.is_dir():
         return read_series(path)
+    if path.name.endswith((".NII", ".NII.GZ")):
+        # check_nifti goes by the ending, and SimpleITK does not notice if a part of the file is missing.
+        raise CaseError(f"{path} has to be called {path.name.replace('.NII', '.nii').replace('.GZ', '.gz')}")
     try:
         image = read_image(path)
     except CaseError as error:
@@ -266,12 +269,21 @@ def _with_orthonormal_directions(file: Path) -> sitk.Image:
 
 
 def read_series(folder: Path) -> sitk.Image:
-    """The DICOM series of a folder, slices sorted by position.
+    """The DICOM series of a folder, or of the one below that has slices; they are sorted by position.
 
     Raises:
         CaseError: naming the folder, if it has no series or several, or if slices are damaged, missing or twice there.
     """
     ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if not ids:
+        # Archives keep folders for study and series in that of the patient.
+        below = [f for f in folder.rglob("*") if f.is_dir() and sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(f))]
+        if len(below) > 1:
+            raise CaseError(
+                f"{folder} has {len(below)} folders with DICOM series, such as {min(below)}. Keep one of them"
+            )
+        if below:
+            return read_series(below[0])
     if len(ids) != 1:
         raise CaseError(f"{folder} has {len(ids)} DICOM series, not one. Keep one series in a folder")
     reader = sitk.ImageSeriesReader()

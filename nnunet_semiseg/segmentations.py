@@ -97,12 +97,13 @@ class Classes:
         return table
 
 
-def find_files(folder: Path, ending: str | None = None) -> dict[str, Path]:
+def find_files(folder: Path, ending: str | None = None, more: tuple[str, ...] = ()) -> dict[str, Path]:
     """{case: file} of the images in a folder, sorted; other files are left alone.
 
     Args:
         folder: Searched without its sub-folders.
         ending: Only files that end in it; None for the one ending of FILE_ENDINGS that they have.
+        more: Further endings, longest first. With them, endings may be in upper case, too.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no image in it.
@@ -111,10 +112,11 @@ def find_files(folder: Path, ending: str | None = None) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}")
-    endings = (ending,) if ending else FILE_ENDINGS
+    endings = (ending,) if ending else (*more, *FILE_ENDINGS)
     found: dict[str, dict[str, Path]] = {}
     for file in sorted(folder.iterdir()):
-        own = next((e for e in endings if file.name.endswith(e)), None)
+        name = file.name.lower() if more else file.name
+        own = next((e for e in endings if name.endswith(e)), None)
         if own and file.is_file() and not file.name.startswith("."):
             found.setdefault(own, {})[file.name[: -len(own)]] = file
     if not found:

@@ -5,8 +5,8 @@
 The case has ellipsoids for organs; the prediction has them moved and scaled by some voxels, and a stray component of
 each far away. Both ways read the two files. The straightforward one computes every metric on the full volume, with
 scipy's distance transforms; it takes minutes for each class, so it does --straightforward of them, and its time is
-scaled to all. Each way runs in a process of its own, whose peak of resident memory is that of the way, libraries
-included. CPU seconds do not depend on what else the machine does. Their values are compared, too.
+scaled to all. Making the case and each way run in processes of their own, so that a peak of resident memory is that of
+one way, libraries included. CPU seconds do not depend on what else the machine does. Their values are compared, too.
 """
 
 from __future__ import annotations
@@ -87,6 +87,12 @@ def straightforward(files, classes, folder):
     return results
 
 
+def apart(function, *arguments):
+    """The result of a function in a process of its own. On Linux its peak of memory starts at that of this process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def measured(way, *arguments):
     """(CPU seconds, seconds, peak of this process in GB, result)."""
     cpu, begin = time.process_time(), time.perf_counter()
@@ -104,22 +110,19 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        files = make_case(folder, tuple(args.shape), args.classes)
+        files = apart(make_case, folder, tuple(args.shape), args.classes)
         classes = Classes.from_labels(range(1, args.classes + 1))
         few = Classes(classes.names[: args.straightforward], classes.values[: args.straightforward])
-        results = {}
-        for way, its_classes in ((ours, classes), (straightforward, few)):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                results[way] = pool.submit(measured, way, files, its_classes, folder).result()
-    cpu, seconds, peak, values = results[ours]
-    slow_cpu, slow, slow_peak, expected = results[straightforward]
+        cpu, seconds, peak, values = apart(measured, ours, files, classes, folder)
+        slow_cpu, slow, slow_peak, expected = apart(measured, straightforward, files, few, folder)
     scale = args.classes / args.straightforward
     difference = max(abs(values[name][m] - expected[name][m]) for name in few.names for m in METRICS)
     print("| way | CPU seconds | seconds | peak memory, GB |\n|---|---|---|---|")
     print(f"| nnunet_semiseg evaluate | {cpu:.1f} | {seconds:.1f} | {peak:.2f} |")
     scaled = f"{args.straightforward} of the classes, scaled to {args.classes}"
     print(f"| full volume, scipy ({scaled}) | {slow_cpu * scale:.0f} | {slow * scale:.0f} | {slow_peak:.2f} |")
-    print(f"\nRatio of CPU seconds {slow_cpu * scale / cpu:.0f}; largest difference of a metric {difference:.0e}.")
+    ratios = f"Ratio of CPU seconds {slow_cpu * scale / cpu:.0f}, of peak memory {slow_peak / peak:.1f}"
+    print(f"\n{ratios}; largest difference of a metric {difference:.0e}.")
 
 
 if __name__ == "__main__":

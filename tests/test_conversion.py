@@ -129,6 +129,27 @@ def test_any_format_two_channels_and_dates_that_are_no_channels(raw, tmp_path):
     assert np.array_equal(voxels(dataset / "labelsTr" / "scan_2019.nii.gz"), label)
 
 
+@pytest.mark.parametrize("ending", [".hdr", ".nhdr", ".gipl", ".vtk", ".mnc", ".NRRD"])
+def test_further_formats_that_simpleitk_reads(raw, tmp_path, ending):
+    image, label = make_case(3, shape=(5, 17, 16))
+    for array, kind in ((image, "images"), (label, "labels")):
+        file = tmp_path / "d" / kind / f"scan_2019{ending.lower()}"
+        write_image(array, file, (0.5, 0.6, 3.0))
+        file.rename(file.with_name(f"scan_2019{ending}"))
+    assert convert("generic", "-i", tmp_path / "d", "-d", 501, *LABELS) == 0
+    dataset = raw / "Dataset501_generic"
+    assert np.array_equal(voxels(dataset / "imagesTr" / "scan_2019_0000.nii.gz"), image)
+    assert np.array_equal(voxels(dataset / "labelsTr" / "scan_2019.nii.gz"), label)
+
+
+def test_nifti_in_upper_case_is_refused_because_a_part_could_be_missing(raw, download, capsys):
+    for file in (download / "images").iterdir():
+        file.rename(file.with_name(file.name.replace(".nii.gz", ".NII.GZ")))
+    assert generic(download) == 1
+    file = download / "images" / "a_1_0000.NII.GZ"
+    assert f"Error: {file} has to be called a_1_0000.nii.gz" in capsys.readouterr().err
+
+
 def test_color_pictures_have_three_channels(raw, tmp_path):
     color = np.random.RandomState(0).randint(0, 255, (12, 14, 3)).astype(np.uint8)
     (tmp_path / "d" / "images").mkdir(parents=True)

@@ -18,6 +18,8 @@ from dataset_conversion import Dataset027_ACDC as acdc
 from dataset_conversion import Dataset501_LA2018 as la
 from dataset_conversion import Dataset502_PancreasCT as pancreas
 from dataset_conversion import Dataset503_York as york
+from dataset_conversion import Dataset505_FLARE23 as flare23
+from dataset_conversion.common import read_volume
 from dataset_conversion.Dataset504_FLARE22 import ORGANS
 from nnunet_semiseg import cli
 
@@ -557,7 +559,7 @@ def test_flare22_without_a_label(raw, tmp_path, capsys):
     assert "has FLARE22_Tr_0002 only as an image or only as a label" in capsys.readouterr().err
 
 
-def test_flare23_uses_labels_with_all_organs_and_ignores_tumors(raw, tmp_path, capsys):
+def test_flare23_uses_labels_with_all_organs_and_ignores_tumors(raw, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "MICCAI-FLARE23"
     labels = {1: organs(1), 2: organs(2, missing=(2, 9, 13)), 3: organs(3, tumor=True)}
     for i, label in labels.items():
@@ -575,19 +577,30 @@ def test_flare23_uses_labels_with_all_organs_and_ignores_tumors(raw, tmp_path, c
     assert names(dataset / "labelsTs") == names(dataset / "imagesTs") == ["FLARE23Ts_0001"]
     assert np.array_equal(voxels(dataset / "labelsTr" / "FLARE23_0003.nii.gz"), labels[3])
     assert json.loads((dataset / "dataset.json").read_text())["labels"]["ignore"] == 14
-    file = folder / "labelsTr2200" / "FLARE23_0002.nii.gz"
-    file.write_bytes(b"no gzip")
+    # All labels that cannot be read are named, and no other is read again.
+    bad = [folder / "labelsTr2200" / f"FLARE23_{i:04d}.nii.gz" for i in (2, 3)]
+    good = bad[1].read_bytes()
+    for file in bad:
+        file.write_bytes(b"no gzip")
     assert convert("FLARE23", folder, "-d", 502) == 1
-    assert f"Error: {file} cannot be read" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert all(f"Error: {file} cannot be read" in error for file in bad) and "2 of 3 labels cannot be read" in error
+    bad[1].write_bytes(good)
+    read_again = []
+    monkeypatch.setattr(flare23, "read_volume", lambda file, notes: read_again.append(file) or read_volume(file, notes))
+    assert convert("FLARE23", folder, "-d", 502) == 1
+    assert read_again == bad
     (folder / "imagesTr2200" / "FLARE23_0001_0000.nii.gz").unlink()
     assert convert("FLARE23", folder, "-d", 502) == 1
     assert "FLARE23_0001.nii.gz has no image FLARE23_0001_0000.nii.gz" in capsys.readouterr().err
 
 
-def test_generic_reads_dicom_series(raw, tmp_path):
+def test_generic_reads_dicom_series(raw, tmp_path, capsys):
     image, mask = abdomen(1)
     write_series(image, tmp_path / "in" / "images" / "case_a", 1)
-    write_series(image[::-1], tmp_path / "in" / "images" / "case_b", 2)
+    # With folders for study and series, as archives have them.
+    series = tmp_path / "in" / "images" / "case_b" / "study" / "series_1"
+    write_series(image[::-1], series, 2)
     label = sitk.GetImageFromArray(mask)
     label.CopyInformation(
         sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / "in" / "images" / "case_a")))
@@ -599,3 +612,7 @@ def test_generic_reads_dicom_series(raw, tmp_path):
     assert np.array_equal(voxels(dataset / "imagesTr" / "case_a_0000.nii.gz"), image)
     assert np.array_equal(voxels(dataset / "imagesUn" / "case_b_0000.nii.gz"), image[::-1])
     assert np.array_equal(voxels(dataset / "labelsTr" / "case_a.nii.gz"), mask)
+    write_series(image, series.with_name("series_2"), 3)
+    assert convert("generic", tmp_path / "in", "-d", 502, "--labels", "organ=1", "--channels", "CT") == 1
+    error = capsys.readouterr().err
+    assert f"{series.parents[1]} has 2 folders with DICOM series, such as {series}. Keep one" in error

@@ -46,10 +46,12 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
         FileNotFoundError, ValueError, CaseError: naming what is missing, a case that is labeled and unlabeled, or folds
             that hide different labels.
     """
-    labeled = {
-        case: ([Path(file) for file in files["images"]], Path(files["label"]))
-        for case, files in get_filenames_of_train_images_and_targets(str(dataset.raw), dataset.json).items()
-    }
+    if "dataset" in dataset.json:
+        listed = get_filenames_of_train_images_and_targets(str(dataset.raw), dataset.json)
+        labeled = {case: ([Path(f) for f in files["images"]], Path(files["label"])) for case, files in listed.items()}
+    else:
+        labels = dataset.raw / "labelsTr"
+        labeled = {c: (f, labels / f"{c}{dataset.file_ending}") for c, f in dataset.images("imagesTr").items()}
     splits_file = dataset.preprocessed / "splits_final.json"
     if splits_file.is_file():
         splits = json.loads(splits_file.read_text())

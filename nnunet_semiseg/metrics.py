@@ -249,7 +249,7 @@ class Summary:
     Args:
         mean: Over cases; in the last row the mean of the classes' means, as nnU-Net's foreground_mean.
         sd: Standard deviation over cases (N - 1); in the last row, of the cases' means over their classes.
-        low, high: 95 % percentile bootstrap interval of the mean (Efron 1979), cases being drawn.
+        low, high: 95 % percentile bootstrap interval of the mean (Efron 1979), cases or patients being drawn.
         cases: How many have a value.
     """
 

@@ -160,7 +160,9 @@ def _check_same(first_folder: Path, first: dict, folder: Path, other: dict) -> N
                 f"{folder_b} has no case {missing[0]}, which {folder_a} has ({len(missing)} are missing in all). "
                 "Evaluate both on the same cases"
             )
-    for case, class_index in np.argwhere(first["n_ref"] != other["n_ref"]):
+    different = np.argwhere(first["n_ref"] != other["n_ref"])
+    if len(different):
+        case, class_index = different[0]
         raise ValueError(
             f"{folder} and {first_folder} were evaluated with different ground truth of case {first['cases'][case]}: "
             f"{list(first['settings']['labels'])[class_index]} has not the same number of voxels. Evaluate both with "

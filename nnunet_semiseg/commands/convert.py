@@ -129,7 +129,7 @@ def _forget_changed(work: Path, settings: dict, cases: dict[str, Case], parts: d
     plan = json.loads(json.dumps(plan))
     plan_file = work / "plan.json"
     earlier = json.loads(plan_file.read_text()) if plan_file.is_file() else None
-    if not earlier or earlier["settings"] != plan["settings"]:
+    if not earlier or earlier.get("settings") != plan["settings"]:
         for folder in ("records", "dataset"):
             shutil.rmtree(work / folder, ignore_errors=True)
     else:

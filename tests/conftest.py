@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 # Before torch is imported anywhere: no augmentation processes, no compilation, one thread.
+# nnUNetv2_train asks for a thread on every core; threads that wait for each other actively take the cores from the
+# other tests, and a step takes seconds instead of milliseconds.
 os.environ.update(
-    nnUNet_n_proc_DA="0", nnUNet_compile="f", nnUNet_def_n_proc="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
+    OMP_WAIT_POLICY="PASSIVE",
+    nnUNet_n_proc_DA="0",
+    nnUNet_compile="f",
+    nnUNet_def_n_proc="1",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
 )
 os.environ.pop("nnUNet_wandb_enabled", None)
 

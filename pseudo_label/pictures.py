@@ -36,7 +36,8 @@ def _uri(figure: Figure, kind: str, dpi: int = 100) -> str:
 
 
 def _chart(width: float, height: float):
-    figure = Figure(figsize=(width, height), layout="constrained")
+    # No layout engine: what it finds may change from call to call, and "tight" cuts the picture to what is in it.
+    figure = Figure(figsize=(width, height))
     return figure, figure.add_subplot()
 
 
@@ -51,7 +52,7 @@ def histogram(accepted: Sequence[float], rejected: Sequence[float], threshold: f
         if threshold is not None:
             axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
         axis.set(xlabel="score", ylabel="cases")
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         return _uri(figure, "svg+xml")
 
 
@@ -114,8 +115,11 @@ def case_picture(image_file: Path, labels_file: Path, disagreement_file: Path, c
     sizes = [np.delete(np.array(labels.shape) * spacing, plane) for plane in planes]
     height = 2.4
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(height * sum(w / h for h, w in sizes) + 0.1, height), layout="constrained")
-        axes = figure.subplots(1, len(planes), width_ratios=[w / h for h, w in sizes], squeeze=False)[0]
+        figure = Figure(figsize=(height * sum(w / h for h, w in sizes) + 0.1, height))
+        grid = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0.03}
+        axes = figure.subplots(1, len(planes), width_ratios=[w / h for h, w in sizes], squeeze=False, gridspec_kw=grid)[
+            0
+        ]
         for axis, plane in zip(axes, planes):
             at = middle[plane]
             rows, columns = np.delete(spacing, plane)

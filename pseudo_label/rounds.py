@@ -122,7 +122,7 @@ class Rounds:
         folder: The work folder.
         executor: Runs trainings and predictions.
         parts: Into how many jobs a member's prediction is cut.
-        processes: For scoring and preprocessing.
+        processes: For scoring and preprocessing; up to 3 for reading and writing of predictions.
 
     Raises:
         ValueError, FileNotFoundError, CaseError: naming what cannot be used.
@@ -550,6 +550,8 @@ class Rounds:
         command += ["--continue_prediction"]
         command += ["--save_probabilities"] if self._needs_probabilities else []
         command += ["--disable_tta"] if s.disable_tta else []
+        # nnU-Net's own number is 3 for each.
+        command += [f for flag in ("-npp", "-nps") for f in (flag, str(min(3, self.processes)))]
         jobs = []
         for part in range(self.parts):
             name = f"predict_{member.name}" + (f"_part{part}" if self.parts > 1 else "")

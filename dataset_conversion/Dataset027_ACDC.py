@@ -67,7 +67,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
 
 def _official(info: Path, cine: bool) -> list[Case]:
     folder, patient = info.parent, info.parent.name
-    facts = dict(re.findall(r"^(\w+):\s*(\S+)", info.read_text(), re.MULTILINE))
+    facts = dict(re.findall(r"^(\w+):\s*(\S+)", info.read_text(encoding="utf-8"), re.MULTILINE))
     result = []
     for phase in PHASES:
         if not facts.get(phase, "").isdigit():

@@ -17,7 +17,7 @@ import numpy as np
 
 from dataset_conversion.common import Case, Download, Source, read_volume
 from dataset_conversion.Dataset504_FLARE22 import ORGANS, images_and_labels, tuning_cases
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.files import read_json, write_json
 from nnunet_semiseg.parallel import over_cases
 from nnunet_semiseg.segmentations import labels_of, version
 
@@ -45,7 +45,7 @@ def _is_complete(file: Path, known: Path) -> bool:
     """Whether a label has all organs, from ``known`` if that is of the same file."""
     key = json.dumps(version(file))
     if known.is_file():
-        content = json.loads(known.read_text())
+        content = read_json(known)
         if content["key"] == key:
             return content["complete"]
     values = np.unique(labels_of(read_volume(file, []), file)).tolist()

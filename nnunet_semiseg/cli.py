@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import shlex
 import sys
 
@@ -41,6 +42,9 @@ def run_command(prog: str, description: str, package: str, commands: dict[str, s
             module.add_arguments(subparser)
     parsed = parser.parse_args(arguments)
     parsed.command_line = shlex.join([prog, *arguments])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that knows ASCII alone shows a question mark for the others.
+        sys.stdout.reconfigure(errors="replace")
     try:
         return module.run(parsed) or 0
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:

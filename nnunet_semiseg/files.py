@@ -35,7 +35,12 @@ def whole(file: Path):
 
 def write_text(file: Path, text: str) -> None:
     with whole(file) as temporary:
-        temporary.write_text(text)
+        # Not the encoding of the machine, which may know ASCII alone.
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path):
+    return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def write_json(file: Path, content) -> None:

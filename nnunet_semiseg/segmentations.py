@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ import SimpleITK as sitk
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_semiseg.datasets import CaseError, check_nifti
-from nnunet_semiseg.files import whole
+from nnunet_semiseg.files import read_json, whole
 
 # Longest first: .nii.gz ends in .gz.
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".tiff", ".tif", ".png", ".bmp")
@@ -72,7 +71,7 @@ class Classes:
         if not Path(file).is_file():
             raise FileNotFoundError(f"{file} is missing")
         try:
-            return cls.from_dataset_json(json.loads(Path(file).read_text()))
+            return cls.from_dataset_json(read_json(file))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         except (KeyError, TypeError, AttributeError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import json
 import os
 import re
 import secrets
@@ -29,7 +28,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from nnunet_semiseg.files import write_json, write_text
+from nnunet_semiseg.files import read_json, write_json, write_text
 
 # Begins the line that a job's log has before the output of each attempt.
 HEADER = "=== job "
@@ -100,7 +99,7 @@ def lock(file: Path) -> TextIO | None:
         OSError: if the file system has no locks.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    stream = open(file, "a+")  # noqa: SIM115
+    stream = open(file, "a+", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -535,7 +534,7 @@ class SlurmExecutor:
     def _continue(self, jobs: dict[str, Job]) -> None:
         """Keep, of an earlier call that was killed, what Slurm has still to do or has done; the rest starts again."""
         file = self.folder / "jobs.json"
-        records = json.loads(file.read_text()) if file.is_file() else {}
+        records = read_json(file) if file.is_file() else {}
         self._attempts = {name: _Attempt(**record) for name, record in records.items()}
         states = self._states()
         for name in [name for name in jobs if name in self._attempts]:

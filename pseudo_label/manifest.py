@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nnunet_semiseg import __version__
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.files import read_json, write_json
 
 # What a later call may change: more rounds, and when to stop.
 MAY_CHANGE = ("rounds", "dataset_ids", "max_drop", "allow_drift")
@@ -68,7 +68,7 @@ class Manifest:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing. Give the folder that pseudo_label rounds has as -o")
         try:
-            return cls(file, **json.loads(file.read_text()))
+            return cls(file, **read_json(file))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}). Restore it, or choose another -o") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_semiseg.data.preprocessing import SUFFIXES, preprocess_cases
 from nnunet_semiseg.data.unlabeled import store_folder
 from nnunet_semiseg.datasets import CaseError, Dataset
-from nnunet_semiseg.files import link, write_json
+from nnunet_semiseg.files import link, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
         labeled = {c: (f, labels / f"{c}{dataset.file_ending}") for c, f in dataset.images("imagesTr").items()}
     splits_file = dataset.preprocessed / "splits_final.json"
     if splits_file.is_file():
-        splits = json.loads(splits_file.read_text())
+        splits = read_json(splits_file)
     else:
         # As nnU-Net makes it with the first training.
         splits = generate_crossval_split(sorted(labeled), seed=12345, n_splits=5)
@@ -188,7 +187,7 @@ class NextDataset:
         folder = dataset.preprocessed
         shutil.copyfile(dataset.raw / "dataset.json", _made(folder / "dataset.json"))
         shutil.copyfile(self.first.preprocessed / "dataset_fingerprint.json", folder / "dataset_fingerprint.json")
-        plans = json.loads((self.first.preprocessed / f"{self.plans_name}.json").read_text())
+        plans = read_json(self.first.preprocessed / f"{self.plans_name}.json")
         # After a training nnU-Net would look for this dataset's folder of the next stage, which nobody asked for.
         plans["configurations"][self.configuration_name].pop("next_stage", None)
         write_json(folder / f"{self.plans_name}.json", {**plans, "dataset_name": self.name})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nnunet_semiseg.files import write_json, write_text
+from nnunet_semiseg.files import read_json, write_json, write_text
 from nnunet_semiseg.segmentations import find_files
 from nnunet_semiseg.trainers.options import build_options
 from nnunet_semiseg.trainers.registry import find_trainer
@@ -94,7 +93,7 @@ def _decisions(file: Path) -> dict[str, dict]:
     """{case: accepted and reasons} of selection.csv; empty while nothing is selected."""
     if not file.is_file():
         return {}
-    with open(file, newline="") as stream:
+    with open(file, encoding="utf-8", newline="") as stream:
         return {
             row["case"]: {"accepted": row["accepted"] == "yes", "reasons": row["reasons"]}
             for row in csv.DictReader(stream)
@@ -105,7 +104,7 @@ def _commands(folder: Path, of: dict) -> list[dict]:
     """What ran in a round, in its order: the jobs as their logs tell, every attempt, and scoring and selection."""
     jobs = []
     for log in sorted((folder / "logs").glob("*.log")):
-        with open(log, errors="replace") as stream:
+        with open(log, encoding="utf-8", errors="replace") as stream:
             jobs += [match.groupdict() for match in map(_ATTEMPT.match, stream) if match]
     jobs.sort(key=lambda job: job["time"])
     own = [
@@ -157,7 +156,7 @@ def _pictures(folder: Path, content: dict) -> dict:
     if scored:
         ticks, means = _ticks(scored), [of["volumes_mm3"] for of in scored]
         file = folder / "round_1" / "scores" / "labeled_volumes.json"
-        labeled = list(json.loads(file.read_text()).values()) if file.is_file() else []
+        labeled = list(read_json(file).values()) if file.is_file() else []
         if labeled:
             ticks = ["labeled", *ticks]
             means = [{name: sum(v[name] for v in labeled) / len(labeled) for name in labeled[0]}, *means]

@@ -14,7 +14,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.datasets import CaseError, Dataset
-from nnunet_semiseg.files import link
+from nnunet_semiseg.files import link, read_json
 from nnunet_semiseg.parallel import over_cases
 from nnunet_semiseg.segmentations import Classes, read_labels
 from nnunet_semiseg.trainers.options import OptionError
@@ -316,7 +316,7 @@ class Rounds:
             file = self._summary(0, member)
             if self._validation(0, member) is None or self._log(0, member).is_file():
                 continue
-            cases = {Path(of["reference_file"]).name for of in json.loads(file.read_text())["metric_per_case"]}
+            cases = {Path(of["reference_file"]).name for of in read_json(file)["metric_per_case"]}
             if cases != {f"{case}{self.first.file_ending}" for case in self.cases.folds[member.fold]["val"]}:
                 raise ValueError(
                     f"{file} is of other validation cases than fold {member.fold} has. Move {file.parent.parent} "
@@ -343,7 +343,7 @@ class Rounds:
         file = self._summary(number, member)
         try:
             # nnU-Net's own mean over classes is NaN if one is in no validation case.
-            of_classes = json.loads(file.read_text())["mean"].values()
+            of_classes = read_json(file)["mean"].values()
         except (FileNotFoundError, ValueError):
             # A kill cuts it off; --c makes it anew.
             return None
@@ -452,7 +452,7 @@ class Rounds:
         if number == 1:
             what, factor = "the labeled cases", DRIFT_FROM_LABELED
             file = self.scored(1) / "labeled_volumes.json"
-            before = list(json.loads(file.read_text()).values())
+            before = list(read_json(file).values())
         else:
             what, factor = f"round {number - 1}", DRIFT_BETWEEN_ROUNDS
             former = self._scores(number - 1)

@@ -6,7 +6,6 @@ and uncertainty estimation for data generation (FLARE 2022), Eq. 2 and 3.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.datasets import CaseError
-from nnunet_semiseg.files import write_csv, write_json
+from nnunet_semiseg.files import read_json, write_csv, write_json
 from nnunet_semiseg.parallel import DEFAULT_PROCESSES, over_cases
 from nnunet_semiseg.segmentations import (
     FILE_ENDINGS,
@@ -355,7 +354,7 @@ def _check_out(out: Path, settings: dict, overwrite: bool) -> None:
         if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise ValueError(f"{out} has other files and no score.json. Choose a new or empty folder for -o")
         return
-    before = json.loads(file.read_text())
+    before = read_json(file)
     for key, value in settings.items():
         if not overwrite and before.get(key) != value:
             raise ValueError(
@@ -407,7 +406,7 @@ def _labeled_volumes(folder: Path, out: Path, classes: Classes, processes: int) 
                 f"{len(failures)} of {len(jobs)} labeled cases in {folder} cannot be read (above). Mend them"
             )
         write_json(file, volumes)
-    volumes = np.array([list(of_case.values()) for of_case in json.loads(file.read_text()).values()])
+    volumes = np.array([list(of_case.values()) for of_case in read_json(file).values()])
     return (volumes.mean(0), volumes.std(0, ddof=1)) if len(volumes) > 1 else None
 
 
@@ -495,7 +494,7 @@ def read_scores(out: Path) -> dict[str, CaseScore]:
 def _read_cases(out: Path) -> dict[str, CaseScore]:
     scores = {}
     for file in sorted((out / "cases").glob("[!.]*.json"), key=lambda file: file.stem):
-        content = json.loads(file.read_text())
+        content = read_json(file)
         del content["members"]
         content["classes"] = {name: ClassScore(**values) for name, values in content["classes"].items()}
         scores[content["case"]] = CaseScore(**content)

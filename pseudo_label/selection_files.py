@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.datasets import CaseError
-from nnunet_semiseg.files import link, write_csv, write_json
+from nnunet_semiseg.files import link, read_json, write_csv, write_json
 from nnunet_semiseg.segmentations import Classes, find_files, read_image, read_labels, write_labels
 from pseudo_label.scores import CaseScore
 from pseudo_label.selection import Decision
@@ -27,7 +26,7 @@ def scored_classes(scored: Path) -> Classes:
         raise FileNotFoundError(
             f"{scored} has no score.json. Score members into it: pseudo_label score -i ... -o {scored}"
         )
-    settings = json.loads(file.read_text())
+    settings = read_json(file)
     values = tuple(map(tuple, settings["classes"].values()))
     order, ignore = settings["regions_class_order"], settings["ignore"]
     known = {0, *np.concatenate(values).tolist(), *(order or ()), *(() if ignore is None else (ignore,))}

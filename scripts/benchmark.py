@@ -125,7 +125,7 @@ def read_settings(file: Path) -> Settings:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}. docs/benchmark.md shows what to write into it")
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -202,7 +202,7 @@ def make_folds(
 def read_json(file: Path) -> dict | None:
     """The content, or None if the file is missing or cut off."""
     with suppress(FileNotFoundError, json.JSONDecodeError):
-        return json.loads(file.read_text())
+        return read_json(file)
     return None
 
 
@@ -265,7 +265,7 @@ class Run:
         """On CUDA what the trainer logs, on the CPU the resident memory of the training process."""
         if self.record.get("device") != "cuda":
             return self.record.get("peak_rss_gib")
-        with suppress(FileNotFoundError), open(self.fold / "progress_semiseg.csv") as stream:
+        with suppress(FileNotFoundError), open(self.fold / "progress_semiseg.csv", encoding="utf-8") as stream:
             values = [float(row["peak_memory_gib"]) for row in csv.DictReader(stream) if row.get("peak_memory_gib")]
             return max(values, default=None)
         return None
@@ -325,7 +325,7 @@ class Benchmark:
         if self.settings.validation:
             return self.settings.validation
         if self.splits_file.is_file():
-            return json.loads(self.splits_file.read_text())[0]["val"]
+            return read_json(self.splits_file)[0]["val"]
         if len(self.cases) < 5:
             raise ValueError(
                 f"{self.dataset.name} has {len(self.cases)} cases, too few for nnU-Net's own split. Name the "
@@ -480,13 +480,13 @@ class Benchmark:
 
 
 def _failure(log: Path, exit_code: int) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return "\n    ".join([f"exit code {exit_code}, the end of {log}:", *lines[-5:]])
 
 
 def _lock(file: Path):
     """The open file with the lock on it, or None if another process has it."""
-    stream = open(file, "a+")  # noqa: SIM115 (the lock lasts as long as it is open)
+    stream = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (the lock lasts as long as it is open)
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -512,9 +512,11 @@ def end_processes(lock_file: Path) -> None:
                 return
             if attempt == 0:
                 with suppress(ProcessLookupError):
-                    os.killpg(int(lock_file.read_text()), number)
+                    os.killpg(int(lock_file.read_text(encoding="utf-8")), number)
             time.sleep(0.05)
-    raise RuntimeError(f"The training of process group {lock_file.read_text()} does not end. End it by hand")
+    raise RuntimeError(
+        f"The training of process group {lock_file.read_text(encoding='utf-8')} does not end. End it by hand"
+    )
 
 
 class Child:
@@ -646,8 +648,8 @@ class Scorer:
     def __init__(self, fold: Path, preprocessed: Path, cases: list[str], device: str):
         trainer, _, configuration = fold.parent.name.split("__")
         self.trainer, self.configuration, self.device = trainer, configuration, torch.device(device)
-        self.plans = json.loads((fold.parent / "plans.json").read_text())
-        self.dataset_json = json.loads((fold.parent / "dataset.json").read_text())
+        self.plans = read_json(fold.parent / "plans.json")
+        self.dataset_json = read_json(fold.parent / "dataset.json")
         manager = PlansManager(self.plans)
         self.labels = LabelAdapter(manager.get_label_manager(self.dataset_json))
         self.class_names = class_names(self.dataset_json)
@@ -756,7 +758,7 @@ def read_quality(fold: Path) -> list[tuple[int, str, str, float]]:
     """Epoch, network, class and Dice."""
     if not (fold / QUALITY).is_file():
         return []
-    with open(fold / QUALITY) as stream:
+    with open(fold / QUALITY, encoding="utf-8") as stream:
         return [(int(e), network, name, float(dice)) for e, network, name, dice in list(csv.reader(stream))[1:]]
 
 

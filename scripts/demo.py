@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_semiseg.files import read_json
+
 LABELED, UNLABELED, HELD_OUT = 4, 20, 6
 
 
@@ -72,7 +74,7 @@ def simulate(folder: str) -> None:
 def heldout(raw: str, target: str) -> None:
     """Link the cases to score into ``target`` and print the fold to train: imagesTs with labels, or fold 0's own."""
     raw, target = Path(raw), Path(target)
-    ending = json.loads((raw / "dataset.json").read_text())["file_ending"]
+    ending = read_json(raw / "dataset.json")["file_ending"]
     if (raw / "labelsTs").is_dir():
         fold, kind = "all", "Ts"
         cases = [p.name[: -len(ending)] for p in sorted((raw / "labelsTs").glob("*" + ending))]
@@ -99,8 +101,8 @@ def heldout(raw: str, target: str) -> None:
 
 def table(vanilla: str, coranet: str) -> None:
     """Print Dice per class of both, and the difference."""
-    a, b = (json.loads((Path(p) / "summary.json").read_text()) for p in (vanilla, coranet))
-    labels = json.loads((Path(vanilla) / "dataset.json").read_text())["labels"]
+    a, b = (read_json(Path(p) / "summary.json") for p in (vanilla, coranet))
+    labels = read_json(Path(vanilla) / "dataset.json")["labels"]
     names = {str(tuple(v) if isinstance(v, list) else v): k for k, v in labels.items()}
     rows = [(names.get(k, k), a["mean"][k]["Dice"], b["mean"][k]["Dice"]) for k in a["mean"]]
     rows.append(("mean", a["foreground_mean"]["Dice"], b["foreground_mean"]["Dice"]))

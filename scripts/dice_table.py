@@ -3,11 +3,12 @@
 python scripts/dice_table.py MODEL_FOLDER ...
 """
 
-import json
 import re
 import sys
 from datetime import datetime
 from pathlib import Path
+
+from nnunet_semiseg.files import read_json
 
 
 def training_minutes(fold: Path) -> float:
@@ -26,8 +27,8 @@ def main(folders: list[str]) -> None:
         if not summary.is_file():
             print(f"{folder.name}: no validation yet", file=sys.stderr)
             continue
-        metrics = json.loads(summary.read_text())
-        names = {str(v): k for k, v in json.loads((folder / "dataset.json").read_text())["labels"].items()}
+        metrics = read_json(summary)
+        names = {str(v): k for k, v in read_json(folder / "dataset.json")["labels"].items()}
         dice = {names.get(k, k): m["Dice"] for k, m in metrics["mean"].items()}
         rows.append((folder.name.split("__")[0], dice, metrics["foreground_mean"]["Dice"], training_minutes(fold)))
     if not rows:

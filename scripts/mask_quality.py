@@ -10,7 +10,6 @@ certain region. An image is run whole, as one patch.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.nn.functional import pad
 
 from nnunet_semiseg import checkpoints
+from nnunet_semiseg.files import read_json
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.losses.uncertainty import agreement
 from nnunet_semiseg.networks.features import forward_with_features
@@ -36,7 +36,7 @@ class TrainedCoraNet:
 
     def __init__(self, fold: Path, checkpoint: str = "checkpoint_final.pth"):
         self.plans = PlansManager(str(fold.parent / "plans.json"))
-        self.dataset_json = json.loads((fold.parent / "dataset.json").read_text())
+        self.dataset_json = read_json(fold.parent / "dataset.json")
         content = checkpoints.read(fold / checkpoint)
         self.configuration = self.plans.get_configuration(content["init_args"]["configuration"])
         self.labels = LabelAdapter(self.plans.get_label_manager(self.dataset_json))

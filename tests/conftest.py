@@ -27,6 +27,9 @@ from nnunet_semiseg import cli  # noqa: E402
 
 torch.set_num_threads(1)
 
+# A machine whose locale is not installed, as in many containers: Python reads and writes ASCII.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
 LABELS = {"background": 0, "ball": 1, "core": 2}
 DATASETS = {
     "labels": (801, LABELS, None),

@@ -4,13 +4,16 @@ import csv
 import itertools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import LABELS, make_case, write_image
+from conftest import ASCII, LABELS, make_case, write_image
 from scipy.stats import rankdata, wilcoxon
 
 from nnunet_semiseg import cli
@@ -91,6 +94,13 @@ def test_every_case_and_class_is_in_the_files_with_its_metrics(folders, capsys):
         "progress.png",
         "summary.json",
     ]
+
+
+def test_a_terminal_that_knows_ascii_alone(folders):
+    truth, prediction = map(str, folders)
+    command = [sys.executable, "-m", "nnunet_semiseg.cli", "evaluate", "-g", truth, "-p", prediction, "-np", "1"]
+    result = subprocess.run(command, env=os.environ | ASCII, capture_output=True, check=True)
+    assert b"Mean ? standard deviation" in result.stdout and read(prediction)["summary"]
 
 
 @pytest.mark.parametrize("kind", ["labels", "regions_ignore"])

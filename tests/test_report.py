@@ -5,10 +5,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import write_image
+from conftest import ASCII, write_image
 from matplotlib.image import imread
 
 from nnunet_semiseg.segmentations import Classes
@@ -115,7 +116,7 @@ def test_json_tells_what_happened(reported):
 
 
 def test_the_page_is_one_file_and_names_are_only_text(reported):
-    page = (reported / "report.html").read_text()
+    page = (reported / "report.html").read_text(encoding="utf-8")
     # Whatever the browser would load is in the page.
     assert set(re.findall(r'(?:src|href)="([^",]{0,20})', page)) <= {"data:image/svg+xml;b", "data:image/png;base6"}
     assert not re.search(r"url\(|@import|<script|<link|https?://", page)
@@ -132,6 +133,13 @@ def test_the_same_folder_gives_the_same_report(reported):
     assert before == [(reported / name).read_bytes() for name in ("report.html", "report.json")]
 
 
+def test_a_machine_that_knows_ascii_alone_writes_the_same_page(reported):
+    before = (reported / "report.html").read_bytes()
+    command = [sys.executable, "-m", "pseudo_label.cli", "report", str(reported)]
+    subprocess.run(command, env=os.environ | ASCII, check=True)
+    assert (reported / "report.html").read_bytes() == before and not before.isascii()
+
+
 def test_rounds_that_have_only_begun(tmp_path):
     make_work_folder(tmp_path / "work")
     for steps in ({}, {"predict": {"minutes": 1.0, "finished": "2030-01-01 10:30:00"}}):
@@ -140,7 +148,7 @@ def test_rounds_that_have_only_begun(tmp_path):
         content["stopped"] = None
         (tmp_path / "work" / "manifest.json").write_text(json.dumps(content))
         assert cli.main(["report", str(tmp_path / "work")]) == 0
-        assert "Not finished" in (tmp_path / "work" / "report.html").read_text()
+        assert "Not finished" in (tmp_path / "work" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"rounds": 1, "oops": 2}'])

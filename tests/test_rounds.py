@@ -47,7 +47,8 @@ def finished(prepared, tmp_path_factory):
             command(out, "--dataset-ids", "851", "852"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         ) as process:
             for line in process.stdout:
                 printed.append(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from scipy.stats import rankdata, wilcoxon
 
 from nnunet_semiseg.commands.evaluate import table
-from nnunet_semiseg.files import whole, write_csv
+from nnunet_semiseg.files import read_json, whole, write_csv
 from nnunet_semiseg.metrics import DISTANCES, METRICS, bootstrap_means
 from nnunet_semiseg.segmentations import patients_of
 
@@ -127,7 +126,7 @@ def _read(folder: Path, metrics: list[str]) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing. Write it with nnunet_semiseg evaluate -o {folder} ...")
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         classes = content["settings"]["labels"]
         cases = dict(sorted((record["case"], record["metrics"]) for record in content["metric_per_case"]))
         values, n_ref = (

@@ -21,7 +21,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 import dataset_conversion
 from dataset_conversion.common import SUFFIXES, Case, Download, Source, convert_case
 from nnunet_semiseg import __version__
-from nnunet_semiseg.files import write_csv, write_json
+from nnunet_semiseg.files import read_json, write_csv, write_json
 from nnunet_semiseg.parallel import add_processes_argument, over_cases
 from nnunet_semiseg.segmentations import version
 
@@ -74,7 +74,7 @@ def run(args) -> int:
     cases = {case.name: case for case in cases if case.name in parts}
     folds = make_folds(cases, parts)
     splits_file = Path(str(nnUNet_preprocessed)) / name / "splits_final.json"
-    if splits_file.is_file() and json.loads(splits_file.read_text()) != folds:
+    if splits_file.is_file() and read_json(splits_file) != folds:
         raise FileExistsError(f"{splits_file} is of another dataset that was called {name}. Remove its folder")
 
     records = work / "records"
@@ -94,7 +94,7 @@ def run(args) -> int:
         )
         return 1
 
-    table = {case: json.loads((records / f"{case}.json").read_text()) for case in cases}
+    table = {case: read_json(records / f"{case}.json") for case in cases}
     dataset = work / "dataset"
     generate_dataset_json(
         str(dataset),
@@ -128,7 +128,7 @@ def _forget_changed(work: Path, settings: dict, cases: dict[str, Case], parts: d
         plan["cases"][case.name] = [parts[case.name], case.patient, case.frame, *map(version, files)]
     plan = json.loads(json.dumps(plan))
     plan_file = work / "plan.json"
-    earlier = json.loads(plan_file.read_text()) if plan_file.is_file() else None
+    earlier = read_json(plan_file) if plan_file.is_file() else None
     if not earlier or earlier.get("settings") != plan["settings"]:
         for folder in ("records", "dataset"):
             shutil.rmtree(work / folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name
-from nnunet_semiseg.files import write_csv, write_json
+from nnunet_semiseg.files import read_json, write_csv, write_json
 from nnunet_semiseg.metrics import METRICS, Rules, Summary, case_metrics, summarize
 from nnunet_semiseg.parallel import add_processes_argument, over_cases
 from nnunet_semiseg.segmentations import Classes, find_files, geometry_difference, patients_of, read_labels, version
@@ -112,7 +112,7 @@ def _classes(args) -> tuple[Classes, str | None]:
                 f"There is no dataset.json in {prediction} or beside {truth}. Give the labels: -d, -djfile or --labels"
             )
     classes = Classes.from_file(file)
-    return classes, json.loads(file.read_text()).get("file_ending")
+    return classes, read_json(file).get("file_ending")
 
 
 def parse_labels(labels: list[str]) -> Classes:
@@ -197,7 +197,7 @@ def _described(classes: Classes, rules: Rules) -> dict:
 def _finished(part: Path, key: str) -> dict | None:
     """The record of a case that an earlier call finished, if nothing changed since."""
     try:
-        content = json.loads(part.read_text())
+        content = read_json(part)
     except (OSError, ValueError):
         return None
     return content["record"] if content["key"] == key else None

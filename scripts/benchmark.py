@@ -35,7 +35,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import Dataset, dataset_name
-from nnunet_semiseg.files import whole, write_csv, write_json, write_text
+from nnunet_semiseg.files import read_json, whole, write_csv, write_json, write_text
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.networks.second import second_plans
 from nnunet_semiseg.trainers.options import OptionError
@@ -199,7 +199,7 @@ def make_folds(
 # ------------------------------------------------------------------------------------------------- what a run remembers
 
 
-def read_json(file: Path) -> dict | None:
+def read_if_whole(file: Path) -> dict | None:
     """The content, or None if the file is missing or cut off."""
     with suppress(FileNotFoundError, json.JSONDecodeError):
         return read_json(file)
@@ -208,7 +208,7 @@ def read_json(file: Path) -> dict | None:
 
 def update_record(fold: Path, **values) -> dict:
     """Change what the benchmark remembers of a run, in a file beside run.log."""
-    record = {**(read_json(fold / RECORD) or {}), **values}
+    record = {**(read_if_whole(fold / RECORD) or {}), **values}
     write_json(fold / RECORD, record)
     return record
 
@@ -240,12 +240,12 @@ class Run:
 
     @property
     def record(self) -> dict:
-        return read_json(self.fold / RECORD) or {}
+        return read_if_whole(self.fold / RECORD) or {}
 
     @property
     def summary(self) -> dict | None:
         """nnU-Net's validation of whole cases, once it is there."""
-        return read_json(self.fold / "validation" / "summary.json")
+        return read_if_whole(self.fold / "validation" / "summary.json")
 
     @property
     def started(self) -> bool:
@@ -377,7 +377,7 @@ class Benchmark:
         folds = list(self.folds.values())
         for file in (Path(str(nnUNet_results)) / self.dataset.name).glob(f"*/fold_*/{RECORD}"):
             number = int(file.parent.name.removeprefix("fold_"))
-            if number >= len(folds) or (read_json(file) or {}).get("split") != folds[number]:
+            if number >= len(folds) or (read_if_whole(file) or {}).get("split") != folds[number]:
                 raise ValueError(f"{file.parent} was made by a benchmark with other cases in fold {number}. {cure}")
         for run in self.runs:
             if not run.record and (run.started or run.summary is not None):
@@ -733,7 +733,7 @@ def score(fold: Path, benchmark: Benchmark) -> None:
     final = fold / "checkpoint_final.pth"
     log = checkpoints.read(final)["logging"]
     snapshots = {_epoch(file): file for file in sorted((fold / SNAPSHOTS).glob("epoch_*.pth"))}
-    hidden = read_json(fold / RECORD)["split"]["unlabeled"]
+    hidden = read_if_whole(fold / RECORD)["split"]["unlabeled"]
     if (fold / SNAPSHOTS).is_dir() and hidden:
         snapshots[len(log["mean_fg_dice"])] = final
         number = min(benchmark.settings.quality_cases, len(hidden))

@@ -224,7 +224,7 @@ def test_a_matrix_that_is_killed_continues(dataset, write, tmp_path, capsys):
         assert 0 < run.record["training_minutes"] < run.record["wall_minutes"]
         assert run.peak_gib > 0.1 and len(run.record["validation_dice"]) == 2
 
-    page = (tmp_path / "out" / "results.md").read_text()
+    page = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     with open(tmp_path / "out" / "results.csv") as stream:
         rows = list(csv.DictReader(stream))
     for run in runs:
@@ -386,7 +386,7 @@ def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
     # Seed 1: 0.60, 0.61, 0.62, 0.63, and 0.64 of all labels; seed 2: 0.75, and the others are not done.
     make_results(bench.runs[:6])
     assert main(file, "--report") == 0
-    page = (tmp_path / "out" / "results.md").read_text()
+    page = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| method | one (1 labeled) | three (3 labeled) | all labels (5 labeled) |" in page
     deviation = np.std([0.6, 0.75], ddof=1)
     assert f"| vanilla | 0.675 ± {deviation:.3f} | 0.620 (1 of 2 seeds) | 0.640 (1 of 2 seeds) |" in page
@@ -405,7 +405,7 @@ def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
 
 def test_nothing_done_makes_an_empty_report(dataset, write, tmp_path):
     assert main(write(), "--report") == 0
-    assert "0 of 2 runs are done" in (tmp_path / "out" / "results.md").read_text()
+    assert "0 of 2 runs are done" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
 
 
 def test_solid_is_the_network_that_labels(dataset, write):

@@ -97,9 +97,9 @@ def test_every_case_and_class_is_in_the_files_with_its_metrics(folders, capsys):
 
 
 def test_a_terminal_that_knows_ascii_alone(folders):
-    truth, prediction = map(str, folders)
-    command = [sys.executable, "-m", "nnunet_semiseg.cli", "evaluate", "-g", truth, "-p", prediction, "-np", "1"]
-    result = subprocess.run(command, env=os.environ | ASCII, capture_output=True, check=True)
+    truth, prediction = folders
+    command = [sys.executable, "-m", "nnunet_semiseg.cli", "evaluate", "-g", truth, "-p", prediction, "-np", 1]
+    result = subprocess.run(list(map(str, command)), env=os.environ | ASCII, capture_output=True, check=True)
     assert b"Mean ? standard deviation" in result.stdout and read(prediction)["summary"]
 
 

@@ -565,6 +565,28 @@ def test_slurm_jobs_that_run_out_of_time_are_tried_again(slow_call):
     assert (folder / "logs" / "slow.log").read_text().count(executors.HEADER) == 2
 
 
+def test_rounds_run_through_slurm(single_machine, prepared, tmp_path, monkeypatch):
+    """Arrays of two trainings and of two parts of a prediction, with stock nnU-Net in them."""
+    from pseudo_label import cli
+
+    monkeypatch.setenv("SLURM_CONF", str(single_machine))
+    monkeypatch.setattr(executors, "SLURM_POLL_SECONDS", 0.5)
+    prepared("labels")
+    length = "_1epochs_num_iterations_per_epoch=4_num_val_iterations_per_epoch=1"
+    members = [f"nnUNetTrainerMeanTeacher_warm_up=0{length}_seed={seed}" for seed in (3, 4)]
+    command = ["rounds", "-d", "801", "-c", "2d", "-p", "nnUNetPlans_cpu", "-o", str(tmp_path / "work"), "--members"]
+    command += [*members, "--rounds", "1", "--dataset-ids", "861", "--disable_tta", "-np", "1"]
+    command += ["--fraction", "0.5", "--allow-drift", "--max-drop", "1", "--executor", "slurm", "--gpus", "0"]
+    assert cli.main([*command, "--minutes", "10", "--parts", "2", "--slurm", "cpus_per_task=1"]) == 0
+    logs = list((tmp_path / "work").glob("round_*/logs/*.log"))
+    # Two trainings in both rounds, and two parts of two members' predictions between them; none of them twice.
+    assert len(logs) == 8
+    for log in logs:
+        assert log.read_text(encoding="utf-8").count(executors.HEADER) == 1
+    content = json.loads((tmp_path / "work" / "manifest.json").read_text())
+    assert content["stopped"].startswith("All 1 rounds are done") and len(content["rounds"][1]["accepted"]) == 3
+
+
 def test_slurm_that_is_not_there_is_named(tmp_path, monkeypatch):
     job = make_job("job", tmp_path, ATTEMPT, "job")
     executor = SlurmExecutor(tmp_path / "slurm")

@@ -200,6 +200,8 @@ def test_its_look(reported, browser, tmp_path, width):
 
 def test_no_name_is_run_as_code(reported, browser):
     page = (reported / "report.html").as_uri()
-    result = subprocess.run([*browser, "--dump-dom", page], check=True, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [*browser, "--dump-dom", page], check=True, capture_output=True, encoding="utf-8", timeout=120
+    )
     assert "<title>Rounds of Dataset001_a</title>" in result.stdout
     assert "onerror=document" in result.stdout and "<img src=x" not in result.stdout.replace("&lt;", "_")

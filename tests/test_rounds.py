@@ -15,7 +15,7 @@ from pseudo_label import cli
 
 TINY = "_3epochs_num_iterations_per_epoch=12_num_val_iterations_per_epoch=1_save_every=1"
 MEMBERS = [f"nnUNetTrainerMeanTeacher_warm_up=0{TINY}_seed={seed}" for seed in (1, 2)]
-COMMON = ["rounds", "-c", "2d", "-p", "nnUNetPlans_cpu", "--devices", "cpu", "-np", "1", "--disable_tta"]
+COMMON = ["rounds", "-c", "2d", "-p", "nnUNetPlans_cpu", "--devices", "cpu", "cpu", "-np", "1", "--disable_tta"]
 RULES = ["--fraction", "0.5", "--allow-drift", "--max-drop", "1"]
 UNLABELED = {"lab_03", "lab_04", "unl_00", "unl_01", "unl_02", "unl_03"}
 

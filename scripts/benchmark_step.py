@@ -46,14 +46,14 @@ TRAINERS = {
     "EntropyMinimization": ("_warm_up=0", 2, 0, 0, 0),
     "PiModel": ("_warm_up=0", 3, 0, 0, 0),
     "CoraNet": (f"{TWO_PHASES}_relabel_every=100000_label_reuse=50000", 2, 1, 0, 0),
-    "MeanTeacherBURL": ("_warm_up=0", 2, 1, 0, 0),
+    "MeanTeacherBURL": (TWO_PHASES, 2, 1, 0, 0),
     "BCP": (TWO_PHASES, 2, 1, 0, 0),
     "BCPBURL": (TWO_PHASES, 2, 1, 0, 0),
-    "CPS": ("_warm_up=0", 2, 1, 2, 1),
+    "CPS": (TWO_PHASES, 2, 1, 2, 1),
     "DTML": ("_warm_up=0", 2, 0, 2, 0),
     "DTC": ("_warm_up=0", 2, 0, 0, 0),
     # The winner labels, be it the one or the other.
-    "DualStream": ("_warm_up=0", 2, 0.5, 2, 0.5),
+    "DualStream": (TWO_PHASES, 2, 0.5, 2, 0.5),
 }
 STOCK = f"nnUNetTrainerMeanTeacher{SETTINGS}_consistency_weight=0"
 

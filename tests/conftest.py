@@ -121,6 +121,9 @@ FROM_START = {
     "nnUNetTrainerCoraNet": f"{TWO_PHASES}_relabel_every=2",
     "nnUNetTrainerBCP": TWO_PHASES,
     "nnUNetTrainerBCPBURL": TWO_PHASES,
+    "nnUNetTrainerMeanTeacherBURL": TWO_PHASES,
+    "nnUNetTrainerCPS": TWO_PHASES,
+    "nnUNetTrainerDualStream": TWO_PHASES,
     "nnUNetTrainerUAMT": "_warm_up=0_passes=2",
     "nnUNetTrainerDTML": "_warm_up=0_supervision=both",
 }

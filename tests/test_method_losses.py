@@ -166,8 +166,8 @@ def test_equations_7_and_8_with_voxel_weights_literally(shape, classes, favored)
             weight[b, 0][v] = w * bool(valid[b, 0][v])
     loss, total = literal_ce(logits, hard, weight)
     labels = adapter(classes)
-    region_loss = RegionLoss(WeightedSegmentationLoss(labels, True, dice_weight=0), alpha, False)
-    assert float(region_loss(logits, hard, uncertain, favored, valid)) == pytest.approx(loss / total, rel=1e-4)
+    region_loss = RegionLoss(WeightedSegmentationLoss(labels, True, dice_weight=0), False)
+    assert float(region_loss(logits, hard, uncertain, favored, alpha, valid)) == pytest.approx(loss / total, rel=1e-4)
 
     # Dice of the same weights.
     dice = []
@@ -178,8 +178,8 @@ def test_equations_7_and_8_with_voxel_weights_literally(shape, classes, favored)
                 p, y, w = softmax(at(logits, b, v))[k], int(hard[b, 0][v]) == k, float(weight[b, 0][v])
                 overlap, sizes = overlap + w * p * y, sizes + w * (p + y)
         dice.append((2 * overlap + 1e-5) / (sizes + 1e-5))
-    region_loss = RegionLoss(WeightedSegmentationLoss(labels, True, ce_weight=0), alpha, False)
-    value = float(region_loss(logits, hard, uncertain, favored, valid))
+    region_loss = RegionLoss(WeightedSegmentationLoss(labels, True, ce_weight=0), False)
+    value = float(region_loss(logits, hard, uncertain, favored, alpha, valid))
     assert value == pytest.approx(-sum(dice) / len(dice), rel=1e-4)
 
 
@@ -192,8 +192,8 @@ def test_equations_7_and_8_region_by_region_literally(shape):
     for name, region in (("uncertain", uncertain), ("certain", ~uncertain)):
         loss, total = literal_ce(logits, hard, region)
         parts[name] = loss / total
-    loss = RegionLoss(WeightedSegmentationLoss(adapter(3), True, dice_weight=0), 0.5, True)
-    url, crl = (float(loss(logits, hard, uncertain, favored, everywhere)) for favored in ("url", "crl"))
+    loss = RegionLoss(WeightedSegmentationLoss(adapter(3), True, dice_weight=0), True)
+    url, crl = (float(loss(logits, hard, uncertain, favored, 0.5, everywhere)) for favored in ("url", "crl"))
     assert url == pytest.approx(parts["uncertain"] + 0.5 * parts["certain"], rel=1e-5)
     assert crl == pytest.approx(parts["certain"] + 0.5 * parts["uncertain"], rel=1e-5)
 
@@ -205,9 +205,9 @@ def test_the_two_readings_weigh_an_uncertain_voxel_contrarily():
     ratios = []
     for normalized in (False, True):
         logits = torch.zeros(1, 2, 10, 10, requires_grad=True)
-        loss = RegionLoss(WeightedSegmentationLoss(adapter(2), True, dice_weight=0), 0.5, normalized)
+        loss = RegionLoss(WeightedSegmentationLoss(adapter(2), True, dice_weight=0), normalized)
         hard = torch.zeros(1, 1, 10, 10, dtype=torch.long)
-        loss(logits, hard, uncertain, "crl", torch.ones_like(uncertain)).backward()
+        loss(logits, hard, uncertain, "crl", 0.5, torch.ones_like(uncertain)).backward()
         ratios.append(float(logits.grad[0, 0, 0, 0] / logits.grad[0, 0, 5, 5]))
     assert ratios == pytest.approx([0.5, 49.5])
 
@@ -216,15 +216,16 @@ def test_alpha_zero_removes_the_region():
     uncertain = torch.rand(1, 1, 6, 6) < 0.5
     for normalized in (False, True):
         logits = torch.randn(1, 2, 6, 6, requires_grad=True)
-        loss = RegionLoss(WeightedSegmentationLoss(adapter(2), True), 0.0, normalized)
-        loss(logits, torch.randint(0, 2, (1, 1, 6, 6)), uncertain, "crl", torch.ones_like(uncertain)).backward()
+        loss = RegionLoss(WeightedSegmentationLoss(adapter(2), True), normalized)
+        loss(logits, torch.randint(0, 2, (1, 1, 6, 6)), uncertain, "crl", 0.0, torch.ones_like(uncertain)).backward()
         assert not logits.grad[uncertain.expand_as(logits)].any()
         assert logits.grad[~uncertain.expand_as(logits)].any()
 
 
 def test_burl_takes_each_halfs_own_entropy(started, monkeypatch):
     """URL's regions come from the student's prediction, CRL's from the teacher's."""
-    trainer = started(short("nnUNetTrainerMeanTeacherBURL"))
+    trainer = started(short("nnUNetTrainerMeanTeacherBURL") + "_alpha_unlabeled=0.25")
+    trainer.before_step()
     seen = []
     monkeypatch.setattr(trainer, "region_loss", lambda *arguments: seen.append(arguments) or arguments[0][0].sum())
     batch = next(trainer.dataloader_train)
@@ -237,8 +238,8 @@ def test_burl_takes_each_halfs_own_entropy(started, monkeypatch):
         trainer.options.__dict__["noise"] = 0.0
         trainer.unsupervised_loss(unlabeled)
         teacher = trainer.labels.entropy(trainer.teacher(unlabeled.weak)[0])
-    (_, hard, uncertain, favored, _), (_, pseudo, distrusted, other, _) = seen
-    assert (favored, other) == ("url", "crl")
+    (_, hard, uncertain, favored, alpha, _), (_, pseudo, distrusted, other, other_alpha, _) = seen
+    assert (favored, other, alpha, other_alpha) == ("url", "crl", 0.5, 0.25)
     assert torch.equal(uncertain, above_percentile(student, 95.0))
     assert torch.equal(distrusted, above_percentile(teacher, 99.0))
     assert torch.equal(hard, batch["target"][0].long())
@@ -252,7 +253,7 @@ def test_burl_takes_each_halfs_own_entropy(started, monkeypatch):
 @pytest.mark.parametrize("kind", ["labels", "regions"])
 @pytest.mark.parametrize("option", ["", "_percentile=60", "_uncertainty=false"])
 def test_uamt_loss_literally(started, monkeypatch, kind, option):
-    trainer = started(f"nnUNetTrainerUAMT_warm_up=0_passes=3{option}{SHORT}", kind)
+    trainer = started(f"nnUNetTrainerUAMT_warm_up=0_ramp_up=1_consistency_weight=2_passes=3{option}{SHORT}", kind)
     trainer.global_step = 2
     channels, shape = trainer.labels.num_outputs, (5, 4)
     passes = [4 * torch.randn(2, channels, *shape) for _ in range(3)]
@@ -291,7 +292,7 @@ def test_uamt_loss_literally(started, monkeypatch, kind, option):
     x = torch.randn(2, 1, *shape)
     term = trainer.unsupervised_loss(Unlabeled(x, x))["consistency"]
     assert float(term.value) == pytest.approx(total / count, rel=1e-4)
-    assert term.weight == pytest.approx(math.exp(-5 * (1 - progress) ** 2))
+    assert term.weight == pytest.approx(2 * math.exp(-5 * (1 - progress) ** 2))
 
 
 def test_noise_is_drawn_for_every_pass_and_clamped(started, monkeypatch):
@@ -377,7 +378,8 @@ def test_copy_paste_literally(started, monkeypatch, kind):
 
 @pytest.mark.parametrize("method", ["BCP", "BCPBURL"])
 def test_one_loss_weights_every_voxel_by_its_origin_and_region(started, monkeypatch, method):
-    """1 and pseudo_weight; with regions half of it in the part that is not favored, by percentiles in each origin."""
+    """1 and pseudo_weight in the mean; with regions the part that is not favored, by percentiles in each origin, has
+    half the weight of the other."""
     trainer = started(short(f"nnUNetTrainer{method}") + "_pseudo_weight=0.4", "ignore")
     batch = next(trainer.dataloader_train)
     trainer.global_step = trainer._total_steps
@@ -397,12 +399,13 @@ def test_one_loss_weights_every_voxel_by_its_origin_and_region(started, monkeypa
         {"mixed_in": 0.5},
     ]
     for direction, (weights, outputs) in enumerate(zip(seen, students)):
+        expected_weights = []
         for i in range(len(weights)):
             partner = (i - direction) % len(weights)
             box = inside[0, 0].numpy()
             real = box if direction else ~box
             valid = real & (batch["target"][0][i, 0].numpy() != 3)
-            expected = np.where(real, valid * 1.0, 0.4)
+            expected = np.where(real, valid * 1.0, 1.0)
             if method == "BCPBURL":
 
                 def entropy(logits, j):
@@ -413,7 +416,12 @@ def test_one_loss_weights_every_voxel_by_its_origin_and_region(started, monkeypa
                 uncertain = student > np.percentile(student[valid], 95)
                 expected[valid & ~uncertain] *= 0.5
                 expected[~real & (teacher > np.percentile(teacher[~real], 99))] *= 0.5
-            assert np.mean(np.abs(weights[i, 0].numpy() - expected) > 1e-6) < 0.01
+            expected_weights.append((real, valid, expected))
+        labeled = np.concatenate([e[valid] for _, valid, e in expected_weights]).mean()
+        pseudo = np.concatenate([e[~real] for real, _, e in expected_weights]).mean()
+        for i, (real, _, expected) in enumerate(expected_weights):
+            expected = np.where(real, expected / labeled, 0.4 * expected / pseudo)
+            assert np.mean(np.abs(weights[i, 0].numpy() - expected) > 0.02) < 0.01
 
 
 def test_pretraining_mixes_labeled_patches(started, monkeypatch):
@@ -543,7 +551,8 @@ def test_without_deep_supervision_the_distance_is_split_off_too(started):
 
 @pytest.mark.parametrize("view", ["weak", "strong"])
 def test_cps_learns_the_other_networks_argmax(started, monkeypatch, view):
-    trainer = started(f"nnUNetTrainerCPS_warm_up=0_pseudo_loss=ce_student_view={view}{SHORT}")
+    trainer = started(f"{short('nnUNetTrainerCPS')}_pseudo_loss=ce_student_view={view}")
+    trainer.before_step()
     x = trainer.next_unlabeled()
     with torch.no_grad():
         learned = {n: net(getattr(x, view))[0] for n, net in (("first", trainer.network), ("second", trainer.second))}
@@ -696,7 +705,8 @@ def test_equations_4_and_5_literally(started, kind):
 
 
 def test_the_winner_labels_both_networks_in_its_reliable_region(started, monkeypatch):
-    trainer = started(f"nnUNetTrainerDualStream_warm_up=0_unreliable=30{SHORT}")
+    trainer = started(short("nnUNetTrainerDualStream") + "_unreliable=30")
+    trainer.before_step()
     assert trainer.winner([torch.tensor(0.2), torch.tensor(0.1)]) == 1
     assert trainer.winner([torch.tensor(-0.2), torch.tensor(0.1)]) == 0
     unlabeled = trainer.next_unlabeled()
@@ -764,8 +774,8 @@ def test_copy_paste_of_a_single_sample(started, monkeypatch, method):
 def test_all_uncertain_and_all_certain_are_finite(favored, normalized, share, alpha):
     logits = torch.randn(2, 3, 5, 5, requires_grad=True)
     uncertain = torch.full((2, 1, 5, 5), share == "all")
-    loss = RegionLoss(WeightedSegmentationLoss(adapter(3), True), alpha, normalized)
-    value = loss(logits, torch.zeros(2, 1, 5, 5, dtype=torch.long), uncertain, favored, torch.ones_like(uncertain))
+    loss = RegionLoss(WeightedSegmentationLoss(adapter(3), True), normalized)
+    value = loss(logits, torch.zeros(2, 1, 5, 5, dtype=torch.long), uncertain, favored, alpha, torch.ones_like(uncertain))
     (gradient,) = torch.autograd.grad(value, logits)
     assert torch.isfinite(value) and torch.isfinite(gradient).all()
     favors_all = (favored == "url") == (share == "all")

@@ -113,6 +113,7 @@ OFF = {
     "EntropyMinimization": "_entropy_weight=0",
     "MeanTeacherBURL": "_pseudo_weight=0_labeled_regions=none",
     "BCP": "_pretraining=1",
+    "BCPBURL": "_pretraining=1_labeled_regions=none",
     "CPS": "_pseudo_weight=0",
     "DTML": "_setting=segmentation",
     "DTC": "_consistency_weight=0_distance_weight=0",
@@ -122,7 +123,7 @@ OFF = {
 
 @pytest.fixture(scope="module")
 def vanilla():
-    """Weights of the student after five steps of Mean Teacher with weight 0, which equal stock nnU-Net's."""
+    """Weights of the student after four steps of Mean Teacher with weight 0, which equal stock nnU-Net's."""
     return {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -73,6 +74,15 @@ def prototype_contrast(
     return F.cross_entropy((-distances).masked_fill(~present, -torch.inf), labels[keep])
 
 
+def _mean_over_ranks(means: torch.Tensor, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of each class over the ranks that have it, and which classes some rank has."""
+    if not dist.is_initialized():
+        return means, present
+    total = torch.cat((torch.where(present[:, None], means, 0.0), present[:, None].to(means)), 1)
+    dist.all_reduce(total)
+    return total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0
+
+
 class PrototypeMemory(nn.Module):
     """Moving averages of prototypes, so that a class which a small batch lacks still has one.
 
@@ -97,8 +107,13 @@ class PrototypeMemory(nn.Module):
         if self.momentum == 0:
             return batch, present
         old, known = self.means[problem].clone(), self.known[problem].clone()
-        mixed = torch.where(known[:, None], self.momentum * old + (1 - self.momentum) * batch, batch)
-        prototypes = torch.where(present[:, None], mixed, old)
-        self.means[problem] = prototypes.detach()
-        self.known[problem] |= present
-        return prototypes, known | present
+
+        def mixed(new, present):
+            new = torch.where(known[:, None], self.momentum * old + (1 - self.momentum) * new, new)
+            return torch.where(present[:, None], new, old)
+
+        # Remembered is what all ranks saw.
+        seen, seen_present = _mean_over_ranks(batch.detach(), present)
+        self.means[problem] = mixed(seen, seen_present)
+        self.known[problem] |= seen_present
+        return mixed(batch, present), known | present

@@ -17,30 +17,32 @@ class RegionLoss:
 
     Args:
         loss: Called as loss(outputs, hard, weight); DeeplySupervised or WeightedSegmentationLoss.
-        alpha: Weight of the region that is not favored; 0 removes it (Table 6).
         region_normalized: See above.
     """
 
-    def __init__(self, loss, alpha: float, region_normalized: bool):
-        self.loss, self.alpha, self.region_normalized = loss, alpha, region_normalized
+    def __init__(self, loss, region_normalized: bool):
+        self.loss, self.region_normalized = loss, region_normalized
 
-    def weights(self, uncertain: torch.Tensor, favored: str, valid: torch.Tensor) -> torch.Tensor:
+    def weights(self, uncertain: torch.Tensor, favored: str, alpha: float, valid: torch.Tensor) -> torch.Tensor:
         """The (B, 1, *) weights of the default form; arguments as for a call."""
         if favored == NONE:
             return valid.float()
-        return torch.where(uncertain if favored == URL else ~uncertain, 1.0, self.alpha) * valid
+        return torch.where(uncertain if favored == URL else ~uncertain, 1.0, alpha) * valid
 
-    def __call__(self, outputs, hard: torch.Tensor, uncertain: torch.Tensor, favored: str, valid: torch.Tensor):
+    def __call__(
+        self, outputs, hard: torch.Tensor, uncertain: torch.Tensor, favored: str, alpha: float, valid: torch.Tensor
+    ):
         """
         Args:
             outputs: The network's output.
             hard: Labels or pseudo labels, full resolution.
             uncertain: (B, 1, *) bool.
             favored: "url", "crl" or "none".
+            alpha: Weight of the region that is not favored; 0 removes it (Table 6).
             valid: (B, 1, *) bool, the voxels that count.
         """
         if not self.region_normalized or favored == NONE:
-            return self.loss(outputs, hard, self.weights(uncertain, favored, valid))
+            return self.loss(outputs, hard, self.weights(uncertain, favored, alpha, valid))
         region = uncertain if favored == URL else ~uncertain
-        other = self.loss(outputs, hard, valid & ~region) if self.alpha > 0 else 0.0
-        return self.loss(outputs, hard, valid & region) + self.alpha * other
+        other = self.loss(outputs, hard, valid & ~region) if alpha > 0 else 0.0
+        return self.loss(outputs, hard, valid & region) + alpha * other

@@ -16,8 +16,9 @@ def second_plans(plans: dict, configuration: str, architecture: str) -> dict:
     Args:
         plans: Content of a plans file.
         configuration: The configuration to change.
-        architecture: "same"; or "plain" (PlainConvUNet) or "resenc" (ResidualEncoderUNet), with the features, kernels
-            and strides of the plans' own network and nnU-Net's usual number of convolutions or blocks per stage.
+        architecture: "same"; or "plain" (PlainConvUNet), "resenc" (ResidualEncoderUNet) or "other" (that of the two
+            which the plans' own network is not), with its features, kernels and strides and nnU-Net's usual number of
+            convolutions or blocks per stage.
 
     Raises:
         NotImplementedError: if the plans' network is neither of the two, so that the other cannot be derived from it.
@@ -32,7 +33,7 @@ def second_plans(plans: dict, configuration: str, architecture: str) -> dict:
             f"The plans' network is {name}; a second network of another architecture can only be made for "
             "PlainConvUNet and ResidualEncoderUNet. Use second_network=same"
         )
-    wanted = {"plain": PLAIN, "resenc": RESIDUAL}[architecture]
+    wanted = {"plain": PLAIN, "resenc": RESIDUAL, "other": RESIDUAL if name == PLAIN else PLAIN}[architecture]
     if wanted != name:
         stages = arguments["n_stages"]
         for key in ("n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder"):

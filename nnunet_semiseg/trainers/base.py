@@ -89,8 +89,14 @@ class FrameOptions:
 class RampOptions(FrameOptions):
     """Options of methods whose unsupervised weight rises over the run."""
 
-    warm_up: float = option(0.03, "share of the run without unlabeled data, at the start", low=0.0, high=1.0)
-    ramp_up: float = option(1.0, "share of the run at which the unsupervised weight is full", low=0.0, high=1.0)
+    warm_up: float = option(0.1, "share of the run without unlabeled data, at the start", low=0.0, high=1.0)
+    ramp_up: float = option(
+        0.3, "share of the run over which the unsupervised weight rises, after warm-up", low=0.0, high=1.0
+    )
+
+
+# As in the papers: the weight rises over the whole run.
+WHOLE_RUN = dict(warm_up=0.0, ramp_up=1.0)
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
@@ -151,7 +157,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return {}
 
     def needs_unlabeled(self) -> bool:
-        """Whether any step of the run can have an unsupervised loss; if not, a dataset needs no unlabeled cases."""
+        """Whether any step of the run can have unlabeled data; if not, a dataset needs no unlabeled cases."""
         return True
 
     def uses_unlabeled(self) -> bool:
@@ -238,9 +244,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return networks
 
     def ramp(self) -> float:
-        """exp(-5 (1 - s)^2), s from 0 to 1 between ``warm_up`` and ``ramp_up`` of the run; 0 before."""
-        o = self.options
-        return ramp_up_between(self.progress, o.warm_up, o.ramp_up - o.warm_up)
+        """exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up`` of it; 0 before."""
+        return ramp_up_between(self.progress, self.options.warm_up, self.options.ramp_up)
 
     def segmentation_loss(self, ce_weight: float = 1.0, dice_weight: float = 1.0) -> DeeplySupervised:
         """nnU-Net's loss with a weight for every voxel, at every resolution that nnU-Net supervises."""

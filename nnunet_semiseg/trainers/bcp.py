@@ -30,6 +30,20 @@ class BCPOptions(PretrainingOptions):
     student_view: str = option("strong", "the student's unlabeled input; labels: weak view", choices=("strong", "weak"))
     ema_decay: float = option(0.99, "decay of the teacher, per step", low=0.0, high=1.0)
     predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
+    preset: str = option("default", "paper: its settings for ACDC", choices=("default", "paper"))
+
+
+BCPOptions.PRESETS = {
+    "paper": dict(
+        pretraining=0.25,
+        min_recall=0.0,
+        ramp_up=0.0,
+        mix_pretraining=True,
+        origin_normalized=True,
+        unlabeled_foreground_sampling=0.0,
+        student_view="weak",
+    )
+}
 
 
 class nnUNetTrainerBCP(TwoPhaseTrainer):
@@ -52,7 +66,8 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
       every labeled voxel once, as nnU-Net's does, whatever the batch size. X_a, X_b and U_a, U_b are different patches.
     * One Dice for a mixed patch. The paper has one for each origin (``origin_normalized``): slivers of an organ that
       the cuboid's edge cuts off then count as much as the whole organ on the other side.
-    * Unlabeled patches are centered on predicted foreground as often as nnU-Net's labeled ones on labels.
+    * Unlabeled patches are centered on predicted foreground with the probability that nnU-Net's labeled ones have. A
+      few cases are predicted in each epoch, so that in a short run many have no foreground yet.
     * Phase 2 starts when every class is found in labeled patches (``min_recall``), so that pseudo labels do not teach
       that a class is absent.
     * ``largest_component`` is wrong for structures in several pieces (tumors, ribs): turn it off there.
@@ -112,8 +127,7 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
         with self.autocast():
             outputs = self.student(data)
         if not self.knows_classes:
-            found = self.labels.hard(full_resolution(outputs).detach())
-            self.count_recall(self.labels.one_vs_rest(found)[0], self.labels.one_vs_rest(hard)[0] * valid)
+            self.count_hard_recall(outputs, hard, valid)
         return {"supervised": Term(self.labeled_loss(outputs, hard, valid))}
 
     @torch.no_grad()

@@ -7,30 +7,33 @@ from dataclasses import dataclass
 import torch
 
 from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
-from nnunet_semiseg.trainers.base import RampOptions, Term
+from nnunet_semiseg.trainers.base import Term
 from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
 from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer
 
 
 @dataclass(frozen=True)
-class CPSOptions(SecondNetworkOptions, RampOptions):
+class CPSOptions(SecondNetworkOptions, PretrainingOptions):
     preset: str = option(
-        "default", "paper: Dice alone and two architectures; code: weight 0.1", choices=("default", "paper", "code")
+        "default",
+        "paper: Dice alone and two architectures (the paper states no weight); code: weight 0.1 as well",
+        choices=("default", "paper", "code"),
     )
-    pseudo_weight: float = option(0.3, "largest weight of the loss on the other network's labels", low=0.0)
+    pseudo_weight: float = option(0.5, "largest weight of the loss on the other network's labels", low=0.0)
     pseudo_loss: str = option("both", "that loss", choices=("ce", "dice", "both"))
     student_view: str = option(
         "strong", "the input that is learned on; strong: labels from the weak view", choices=("strong", "weak")
     )
 
 
-CPSOptions.PRESETS = {
-    "paper": dict(second_network="resenc", pseudo_loss="dice", student_view="weak", warm_up=0.0),
-    "code": dict(second_network="resenc", pseudo_loss="dice", student_view="weak", warm_up=0.0, pseudo_weight=0.1),
-}
+_PAPER = dict(
+    second_network="other", pseudo_loss="dice", student_view="weak", pretraining=0.0, min_recall=0.0, ramp_up=1.0
+)
+CPSOptions.PRESETS = {"paper": _PAPER, "code": dict(_PAPER, pseudo_weight=0.1)}
 
 
-class nnUNetTrainerCPS(TwoNetworkTrainer):
+class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
     """Cross pseudo supervision: two networks, each learns from the other's argmax on unlabeled patches.
 
     L = L_nnU-Net(A) + L_nnU-Net(B) + w(t) [l(A(x), argmax B(x)) + l(B(x), argmax A(x))]
@@ -38,10 +41,12 @@ class nnUNetTrainerCPS(TwoNetworkTrainer):
     * The networks are of the same plans with different initialization, or of two architectures (``second_network``).
     * l: nnU-Net's cross-entropy, Dice, or both, at full resolution; no gradient reaches the network that labels.
     * w(t): Gaussian ramp-up to ``pseudo_weight``. Pham et al. state no weight; their code ramps to 0.1 over 200
-      epochs of thousands of steps, and so hardly leaves zero. Here the ramp is over the run.
+      epochs of thousands of steps, and so hardly leaves zero.
 
     Decided:
 
+    * The cross terms begin when network A finds every class in labeled patches (``min_recall``): labels of networks
+      that know background alone teach just that.
     * Unlabeled patches only, as in the medical implementations; the original also takes the labeled ones.
     * With ``student_view=strong``, labels come from the weak view: two more forward passes without a gradient.
     * The code's unsupervised loss is Lovasz's, the paper's is Dice; the presets use Dice.
@@ -66,11 +71,13 @@ class nnUNetTrainerCPS(TwoNetworkTrainer):
         """w(t)."""
         return self.options.pseudo_weight * self.ramp()
 
-    def uses_unlabeled(self):
-        return self.pseudo_weight() > 0
+    def wants_unlabeled(self):
+        return self.options.pseudo_weight > 0
 
     def losses(self, data, target):
-        yield self.supervised_loss(data, target)
+        outputs = self.labeled_outputs(self.student, data, target)
+        with self.autocast():
+            yield {"supervised": Term(self.loss(outputs, target))}
         with self.autocast():
             yield {"supervised_second": Term(self.loss(self.second(data), target))}
         if self.uses_unlabeled():

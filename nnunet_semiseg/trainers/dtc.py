@@ -50,6 +50,9 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
     def needs_distance(self):
         return self.options.distance_weight > 0
 
+    def needs_unlabeled(self):
+        return self.options.consistency_weight > 0
+
     def uses_unlabeled(self):
         return self.options.consistency_weight * self.ramp() > 0
 

@@ -10,12 +10,13 @@ from torch import nn
 
 from nnunet_semiseg.losses.distance import distance_error, mask_of_distance
 from nnunet_semiseg.networks.features import check_is_unet, full_resolution
-from nnunet_semiseg.trainers.base import Term
+from nnunet_semiseg.trainers.base import WHOLE_RUN, Term
 from nnunet_semiseg.trainers.distance_task import DistanceOptions, DistanceTask
 from nnunet_semiseg.trainers.options import option
 from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer
 
-# At nnU-Net's usual scale of a segmentation layer, tanh and k = 1500 leave a gradient to half a percent of the voxels.
+# With distances as targets, tanh and k = 1500 leave a gradient to half a percent of the voxels at nnU-Net's usual scale
+# of a segmentation layer.
 HEAD_DEVIATION = 1e-3
 
 
@@ -35,8 +36,8 @@ class DTMLOptions(SecondNetworkOptions, DistanceOptions):
 
 
 DTMLOptions.PRESETS = {
-    "paper": dict(consistency_weight=0.1, warm_up=0.0),
-    "code": dict(consistency_weight=2.0, warm_up=0.0),
+    "paper": dict(consistency_weight=0.1, **WHOLE_RUN),
+    "code": dict(consistency_weight=2.0, **WHOLE_RUN),
 }
 
 
@@ -45,7 +46,7 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
 
     L = L_nnU-Net(M_s) + L_M_d + lambda(t) mean((p_s - sigmoid(-k z))^2) over labeled and unlabeled patches
 
-    * M_d: z = tanh of its output, one map for each foreground class or region, negative inside (Eqs. 1 to 3). L_M_d is
+    * M_d: z = tanh of a map for each foreground class or region, negative inside (Eqs. 1 to 3). L_M_d is
       the Dice loss of sigmoid(-k z) (``supervision=mask``, the paper's best), the squared error to the signed distance
       of the labels, or both (Table 1).
     * The consistency (Eq. 4) reaches both networks: in each it is Eq. 5 or 6 with weight lambda, since neither network
@@ -59,9 +60,11 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
     * lambda(t) lacks the square of the Gaussian ramp-up. The paper's maximum is 0.1, the code's 1; the code adds the
       same term to both losses and back-propagates both, so it works as 2.
     * Distances are divided by a constant (``max_distance``), not by the patch's own maximum.
-    * M_d's segmentation layers start small: otherwise hardly a voxel has a gradient through tanh and k.
-    * The output of M_d is -atanh(z), with a background channel that stays 0. Its argmax is the mask of z < 0, so that
-      M_d is a plain nnU-Net too (see TwoNetworkTrainer).
+    * The output of M_d is -o, with a background channel that stays 0. Its argmax is the mask of z < 0, so that M_d is a
+      plain nnU-Net too (see TwoNetworkTrainer).
+    * z = tanh(o / k) where only the mask is learned, so that sigmoid(-k z) is about sigmoid(-o). With tanh(o) and
+      k = 1500 hardly a voxel has a gradient after the first steps: the loss then stays where it is. Where distances are
+      learned, z = tanh(o), and the segmentation layers start small.
     * L_mask has deep supervision, as nnU-Net's own loss; the consistency is at full resolution.
     """
 
@@ -69,16 +72,21 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
     options: DTMLOptions
 
     def build_companions(self):
+        if self.options.setting == "distance" and self.options.second_network != "same":
+            raise ValueError(
+                "With setting=distance M_d predicts, so it has to be the network of the plans: leave second_network out"
+            )
         second = self.build_second()
         check_is_unet(second)
         for layer in second.decoder.seg_layers:
-            nn.init.normal_(layer.weight, std=HEAD_DEVIATION)
+            if self.needs_distance():
+                nn.init.normal_(layer.weight, std=HEAD_DEVIATION)
             nn.init.zeros_(layer.bias)
             if not self.labels.has_regions:
                 nn.init.zeros_(layer.weight[:1])
-        # Of the outputs -atanh(z); the mean over ranks is the training step's.
+        # The mean over ranks is the training step's.
         self.mask_dice = MemoryEfficientSoftDiceLoss(
-            lambda x: mask_of_distance(-x.float().tanh(), self.options.steepness),
+            lambda x: mask_of_distance(self.distance_of(x), self.options.steepness),
             batch_dice=self.configuration_manager.batch_dice,
             smooth=1e-5,
             ddp=False,
@@ -90,6 +98,9 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
         foreground, _ = self.labels.one_vs_rest(hard)
         return self.mask_dice(self.labels.foreground_channels(logits), foreground, loss_mask=valid)
 
+    def trains_second(self):
+        return self.options.setting != "segmentation"
+
     def predicting(self):
         return "second" if self.options.setting == "distance" else "student"
 
@@ -100,12 +111,20 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
         """lambda(t)."""
         return self.options.consistency_weight * self.ramp() if self.options.setting in ("full", "labeled") else 0.0
 
+    def needs_unlabeled(self):
+        return self.options.setting == "full" and self.options.consistency_weight > 0
+
     def uses_unlabeled(self):
-        return self.options.setting == "full" and self.consistency_weight() > 0
+        return self.needs_unlabeled() and self.consistency_weight() > 0
+
+    def distance_of(self, output: torch.Tensor) -> torch.Tensor:
+        """z of M_d's output for foreground, -o."""
+        scale = 1.0 if self.needs_distance() else self.options.steepness
+        return -(output.float() / scale).tanh()
 
     def distances(self, outputs) -> torch.Tensor:
         """z, (B, K, *) of M_d's outputs, at full resolution."""
-        return -self.labels.foreground_channels(full_resolution(outputs)).float().tanh()
+        return self.distance_of(self.labels.foreground_channels(full_resolution(outputs)))
 
     def losses(self, data, target):
         o = self.options

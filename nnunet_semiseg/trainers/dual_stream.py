@@ -19,42 +19,51 @@ from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
-from nnunet_semiseg.trainers.base import RampOptions, Term
+from nnunet_semiseg.trainers.base import Term
 from nnunet_semiseg.trainers.options import option
-from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer
+from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
+from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer, second_network_option
 
 # Voxels per class that prototypes are made of, and as many that are drawn to them.
 SAMPLED_VOXELS = 4096
 
 
 @dataclass(frozen=True)
-class DualStreamOptions(SecondNetworkOptions, RampOptions):
-    second_network: str = option(
-        "resenc",
-        "architecture of the second network: the plans' own or the named one",
-        choices=("same", "resenc", "plain"),
-    )
-    pseudo_weight: float = option(0.3, "largest weight of the winner's pseudo labels", low=0.0)
-    disagreement_weight: float = option(0.3, "largest weight of the term on confident disagreement", low=0.0)
+class DualStreamOptions(SecondNetworkOptions, PretrainingOptions):
+    second_network: str = second_network_option("other")
+    pseudo_weight: float = option(0.5, "largest weight of the winner's pseudo labels", low=0.0)
+    disagreement_weight: float = option(0.1, "largest weight of the term on confident disagreement", low=0.0)
     contrast_weight: float = option(0.1, "largest weight of the prototype term", low=0.0)
     mistake_weight: float = option(0.0, "weight of the code's labeled term where the networks differ", low=0.0)
-    unreliable: float = option(20.0, "percentage of voxels, those of highest entropy", low=0.0, high=100.0)
+    unreliable: float = option(2.0, "percentage of voxels, those of highest entropy", low=0.0, high=100.0)
     confidence: float = option(0.6, "both networks are this sure where their disagreement counts", low=0.0, high=1.0)
     prototype_momentum: float = option(0.0, "moving average of prototypes; 0: of the batch alone", low=0.0, high=0.999)
     student_view: str = option(
         "strong", "the input that is learned on; pseudo labels are from the weak view", choices=("strong", "weak")
     )
     preset: str = option(
-        "default", "paper: weight 1 for pseudo labels and disagreement, one view", choices=("default", "paper")
+        "default",
+        "paper: weight 1 for pseudo labels and disagreement, a fifth unreliable, one view; code: what trains there",
+        choices=("default", "paper", "code"),
     )
 
 
 DualStreamOptions.PRESETS = {
-    "paper": dict(pseudo_weight=1.0, disagreement_weight=1.0, contrast_weight=0.1, student_view="weak", warm_up=0.0)
+    "paper": dict(
+        pseudo_weight=1.0,
+        disagreement_weight=1.0,
+        contrast_weight=0.1,
+        unreliable=20.0,
+        student_view="weak",
+        pretraining=0.0,
+        min_recall=0.0,
+        ramp_up=1.0,
+    ),
+    "code": dict(pseudo_weight=0.0, disagreement_weight=0.0, contrast_weight=0.0, mistake_weight=0.5),
 }
 
 
-class nnUNetTrainerDualStream(TwoNetworkTrainer):
+class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
     """Two networks of different architecture; the better one labels, both contrast uncertain voxels with prototypes.
 
     L = L_s(A) + L_s(B) + lambda_u(t) [l(A, y^) + l(B, y^)] + lambda_d(t) L_reg + lambda_c(t) [L_c(A) + L_c(B)]
@@ -68,7 +77,8 @@ class nnUNetTrainerDualStream(TwoNetworkTrainer):
       features to the prototypes; y^_v is the network's own argmax there. A prototype is the mean feature of reliable
       voxels of a class. Both sides have gradients: the softmax pulls voxels to their prototype and pushes prototypes
       apart. With regions, each region has two prototypes, inside and outside.
-    * lambda(t): Gaussian ramp-up to the weights.
+    * lambda(t): Gaussian ramp-up to the weights. It begins when the plans' network finds every class in labeled patches
+      (``min_recall``).
 
     The published code is no guide: it detaches the predictions and computes the prototypes without gradient, so that
     none of its unsupervised terms trains anything. Corrected or decided, against the paper:
@@ -77,7 +87,9 @@ class nnUNetTrainerDualStream(TwoNetworkTrainer):
     * Eq. 2 compares the pseudo label with itself in Dice; here Dice(f(x), y^).
     * Eq. 4 is malformed; Eq. 5 is a sum, here a mean over the voxels of the mask.
     * The share of unreliable voxels is not stated; the code's percentile of 20 makes two thirds or more unreliable,
-      and was probably meant to be 80, which is 20 percent.
+      and was probably meant to be 80, which is 20 percent. Where foreground is a few percent of the voxels, 20 percent
+      take nearly all of it from the reliable region (docs/results.md); the default is 2.
+    * The paper adjusts the confidence threshold during training without saying how; here it is constant.
     * Eq. 7's loss, and the labels of uncertain voxels, are not written out; see above.
     * lambda_u is 1 in the paper; with a ramp and 0.3, wrong labels of an untrained network do less harm.
     * ``mistake_weight`` (0.5 in the code) is the one extra term that trained anything there: squared error to the
@@ -103,13 +115,14 @@ class nnUNetTrainerDualStream(TwoNetworkTrainer):
         }
         return {"second": second, **memories}
 
-    def uses_unlabeled(self):
+    def wants_unlabeled(self):
         o = self.options
-        return max(o.pseudo_weight, o.disagreement_weight, o.contrast_weight) * self.ramp() > 0
+        return max(o.pseudo_weight, o.disagreement_weight, o.contrast_weight) > 0
 
     def losses(self, data, target):
+        outputs = [self.labeled_outputs(self.student, data, target)]
         with self.autocast():
-            outputs = [self.student(data), self.second(data)]
+            outputs.append(self.second(data))
             supervised = [self.loss(output, target) for output in outputs]
         terms = {"supervised": Term(supervised[0]), "supervised_second": Term(supervised[1])}
         if self.options.mistake_weight > 0:
@@ -153,7 +166,8 @@ class nnUNetTrainerDualStream(TwoNetworkTrainer):
             labeling = logits[winner].detach()
         pseudo = self.labels.hard(labeling)
         reliable = ~above_percentile(self.labels.entropy(labeling), 100 - o.unreliable)
-        self.monitor("reliable_voxels", reliable.float().mean())
+        foreground = self.labels.is_foreground(pseudo)
+        self.monitor("reliable_foreground", (foreground & reliable).sum() / foreground.sum().clamp(min=1))
 
         own = [self.labels.hard(value.detach()) for value in logits]
         ramp = self.ramp()

@@ -25,6 +25,9 @@ class nnUNetTrainerEntropyMinimization(SemiSupervisedTrainer):
     Options = EntropyMinimizationOptions
     options: EntropyMinimizationOptions
 
+    def needs_unlabeled(self):
+        return self.options.entropy_weight > 0
+
     def uses_unlabeled(self):
         return self.options.entropy_weight * self.ramp() > 0
 

@@ -8,12 +8,19 @@ import torch
 
 from nnunet_semiseg.losses.consistency import clamped_noise, probability_mse
 from nnunet_semiseg.networks.ema import EMATeacher
-from nnunet_semiseg.trainers.base import RampOptions, SemiSupervisedTrainer, Term, Unlabeled
+from nnunet_semiseg.trainers.base import (
+    WHOLE_RUN,
+    FrameOptions,
+    RampOptions,
+    SemiSupervisedTrainer,
+    Term,
+    Unlabeled,
+)
 from nnunet_semiseg.trainers.options import option
 
 
 @dataclass(frozen=True)
-class TeacherOptions(RampOptions):
+class TeacherOptions(FrameOptions):
     ema_decay: float = option(0.99, "largest decay of the teacher, per step", low=0.0, high=1.0)
     noise: float = option(0.1, "SD of the noise on the teacher's input, in normalized intensities", low=0.0)
     student_view: str = option(
@@ -23,8 +30,12 @@ class TeacherOptions(RampOptions):
 
 
 @dataclass(frozen=True)
-class MeanTeacherOptions(TeacherOptions):
-    consistency_weight: float = option(1.0, "largest weight of the consistency term", low=0.0)
+class MeanTeacherOptions(TeacherOptions, RampOptions):
+    consistency_weight: float = option(10.0, "largest weight of the consistency term", low=0.0)
+    preset: str = option("default", "paper: the baseline of the papers' tables", choices=("default", "paper"))
+
+
+MeanTeacherOptions.PRESETS = {"paper": dict(consistency_weight=0.1, student_view="weak", **WHOLE_RUN)}
 
 
 class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
@@ -34,8 +45,8 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
 
     * Teacher: average of the student's weights with decay min(1 - 1 / (t + 1), ``ema_decay``), no gradient.
     * Noise: N(0, ``noise``^2), clamped to two standard deviations.
-    * w(t) = ``consistency_weight`` exp(-5 (1 - s)^2), s from 0 to 1 between ``warm_up`` and ``ramp_up`` of the run. The
-      papers have 0.1 beside half of a Dice and cross-entropy; the default is what measured best (docs/results.md).
+    * w(t) = ``consistency_weight`` exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up``.
+      The papers have 0.1 beside half of a Dice and cross-entropy; the default is what measured best (docs/results.md).
 
     ``student_view=weak`` gives student and teacher the same image but for the noise, as the papers' code does. With
     ``strong`` the student also sees nnU-Net's intensity augmentation.

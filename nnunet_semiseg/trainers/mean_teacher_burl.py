@@ -11,15 +11,16 @@ from nnunet_semiseg.networks.features import full_resolution
 from nnunet_semiseg.trainers.base import Term, Unlabeled
 from nnunet_semiseg.trainers.mean_teacher import TeacherOptions, nnUNetTrainerMeanTeacher
 from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
 from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOptions
 
 
 @dataclass(frozen=True)
-class MeanTeacherBURLOptions(RegionOptions, TeacherOptions):
-    pseudo_weight: float = option(0.3, "largest weight of the loss on pseudo labels", low=0.0)
+class MeanTeacherBURLOptions(RegionOptions, TeacherOptions, PretrainingOptions):
+    pseudo_weight: float = option(0.5, "largest weight of the loss on pseudo labels", low=0.0)
 
 
-class nnUNetTrainerMeanTeacherBURL(RegionLearning, nnUNetTrainerMeanTeacher):
+class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTrainerMeanTeacher):
     """Mean Teacher with pseudo labels, weighted by certain and uncertain regions.
 
     L = L^l (Eq. 7, URL) + w(t) L^u (Eq. 8, CRL); L_seg is nnU-Net's Dice and cross-entropy, deep supervision included.
@@ -39,7 +40,8 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, nnUNetTrainerMeanTeacher):
       (1 - a) theta_s. (Eq. 10 has the two exchanged, and sections 3.2 to 3.4 call the student a teacher.)
     * Percentiles are taken in each sample, over voxels that are not ignored.
     * Voxel weights by default; Eqs. 7 and 8 read as two normalized losses are ``region_normalized``.
-    * Eq. 9 has no ramp; the host's is kept.
+    * Eq. 9 has no ramp; the host's is kept. It begins when every class is found in labeled patches (``min_recall``), so
+      that pseudo labels do not teach that a class is absent.
     """
 
     Options = MeanTeacherBURLOptions
@@ -54,11 +56,14 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, nnUNetTrainerMeanTeacher):
     def largest_weight(self):
         return self.options.pseudo_weight
 
+    def wants_unlabeled(self):
+        return self.largest_weight > 0
+
     def supervised_loss(self, data, target):
+        outputs = self.labeled_outputs(self.student, data, target)
         if self.options.labeled_regions == NONE:
-            return super().supervised_loss(data, target)
-        with self.autocast():
-            outputs = self.student(data)
+            with self.autocast():
+                return {"supervised": Term(self.loss(outputs, target))}
         return {"supervised": Term(self.labeled_loss(outputs, *self.labels.without_ignored(full_resolution(target))))}
 
     def unsupervised_loss(self, unlabeled: Unlabeled):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nnunet_semiseg.losses.ramps import ramp_up_between
+from nnunet_semiseg.networks.features import full_resolution
 from nnunet_semiseg.trainers.base import FrameOptions, SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import option
 
@@ -30,7 +31,7 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
     Phase 2 starts when ``pretraining`` of the run is done and, in the labeled patches of an epoch, every class is found
     with ``min_recall``: pseudo labels of a network that does not find a class yet teach that there is none.
 
-    A method calls ``count_recall`` in its supervised loss and overrides ``start_phase_2``, ``wants_unlabeled``.
+    A method counts recall in its supervised loss and overrides ``start_phase_2``, ``wants_unlabeled``.
     """
 
     options: PretrainingOptions
@@ -49,6 +50,9 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
     def start_phase_2(self) -> None:
         """Called once, before the first step of phase 2."""
 
+    def needs_unlabeled(self):
+        return self.wants_unlabeled()
+
     def uses_unlabeled(self):
         enough = self.global_step >= math.ceil(self.options.pretraining * self._total_steps)
         return self.wants_unlabeled() and self.knows_classes and enough
@@ -56,6 +60,20 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
     def ramp(self) -> float:
         """From exp(-5) at the start of phase 2 to 1: SGD with momentum 0.99 takes a jump in the loss badly."""
         return ramp_up_between(self.progress, self.phase_2_start, self.options.ramp_up)
+
+    def labeled_outputs(self, network, data: torch.Tensor, target):
+        """A network's outputs on the labeled batch; what it finds of each class counts for ``min_recall``."""
+        with self.autocast():
+            outputs = network(data)
+        if not self.knows_classes:
+            hard, valid = self.labels.without_ignored(full_resolution(target))
+            self.count_hard_recall(outputs, hard, valid)
+        return outputs
+
+    def count_hard_recall(self, outputs, hard: torch.Tensor, valid: torch.Tensor) -> None:
+        """``count_recall`` of the outputs' decisions. ``valid``: (B, 1, *) bool, the voxels that count."""
+        found = self.labels.hard(full_resolution(outputs).detach())
+        self.count_recall(self.labels.one_vs_rest(found)[0], self.labels.one_vs_rest(hard)[0] * valid)
 
     @torch.no_grad()
     def count_recall(self, found: torch.Tensor, present: torch.Tensor) -> None:

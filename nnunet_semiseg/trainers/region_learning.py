@@ -18,7 +18,10 @@ class RegionOptions:
         URL, "what labeled data favors: uncertain (url) or certain (crl) voxels", choices=(URL, CRL, NONE)
     )
     unlabeled_regions: str = option(CRL, "the same of unlabeled data", choices=(CRL, URL, NONE))
-    alpha: float = option(0.5, "weight of the region that is not favored; 0 removes it", low=0.0, high=1.0)
+    alpha_labeled: float = option(
+        0.5, "weight of the region that is not favored, labeled data; 0 removes it", low=0.0, high=1.0
+    )
+    alpha_unlabeled: float = option(0.5, "the same of unlabeled data", low=0.0, high=1.0)
     percentile_labeled: float = option(95.0, "voxels above it are uncertain, labeled data", low=0.0, high=100.0)
     percentile_unlabeled: float = option(99.0, "voxels above it are uncertain, unlabeled data", low=0.0, high=100.0)
     region_normalized: bool = option(False, "normalize each region's loss by the region's own size")
@@ -31,11 +34,13 @@ class RegionLearning:
     voxels (Eqs. 3 and 4): the student's own prediction for labels (URL), the teacher's that made them for pseudo
     labels (CRL).
 
-    A host calls ``labeled_loss`` and ``pseudo_loss`` and builds ``host_loss`` first.
+    A host builds ``host_loss`` first and calls ``labeled_loss`` and ``pseudo_loss``; or, if one loss of its own has
+    both kinds of voxels, ``labeled_weights`` and ``pseudo_weights``. Table 6 (uncertain pseudo labels removed instead
+    of weighted down) is ``alpha_unlabeled=0``.
     """
 
     def build_region_loss(self) -> None:
-        self.region_loss = RegionLoss(self.host_loss, self.options.alpha, self.options.region_normalized)
+        self.region_loss = RegionLoss(self.host_loss, self.options.region_normalized)
 
     def labeled_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return self.region_loss(outputs, hard, *self._labeled_regions(outputs, valid))
@@ -45,19 +50,28 @@ class RegionLearning:
         return self.region_loss(outputs, hard, *self._unlabeled_regions(labeling, valid))
 
     def labeled_weights(self, outputs, valid: torch.Tensor) -> torch.Tensor:
-        """(B, 1, *) weights instead of a loss, for a host that weights labels and pseudo labels in one."""
-        return self.region_loss.weights(*self._labeled_regions(outputs, valid))
+        """(B, 1, *) weights instead of a loss, for a host that weights labels and pseudo labels in one.
+
+        Their mean over the valid voxels is 1: regions shift weight within labeled data and within unlabeled data, not
+        from one to the other.
+        """
+        return self._mean_one(self.region_loss.weights(*self._labeled_regions(outputs, valid)), valid)
 
     def pseudo_weights(self, labeling: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        return self.region_loss.weights(*self._unlabeled_regions(labeling, valid))
+        return self._mean_one(self.region_loss.weights(*self._unlabeled_regions(labeling, valid)), valid)
+
+    @staticmethod
+    def _mean_one(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return weights * (valid.sum() / weights.sum().clamp(min=1e-6))
 
     def _labeled_regions(self, outputs, valid):
         """Arguments of RegionLoss."""
         entropy = self.labels.entropy(full_resolution(outputs).detach())
-        return above_percentile(entropy, self.options.percentile_labeled, valid), self.options.labeled_regions, valid
+        uncertain = above_percentile(entropy, self.options.percentile_labeled, valid)
+        return uncertain, self.options.labeled_regions, self.options.alpha_labeled, valid
 
     def _unlabeled_regions(self, labeling, valid):
         entropy = self.labels.entropy(labeling)
         uncertain = above_percentile(entropy, self.options.percentile_unlabeled, valid)
-        self.monitor("uncertain_voxels", uncertain.float().mean())
-        return uncertain, self.options.unlabeled_regions, valid
+        self.monitor("uncertain_voxels", uncertain.sum() / valid.sum().clamp(min=1))
+        return uncertain, self.options.unlabeled_regions, self.options.alpha_unlabeled, valid

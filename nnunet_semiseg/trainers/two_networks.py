@@ -16,13 +16,18 @@ from nnunet_semiseg.trainers.base import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import option
 
 
+def second_network_option(default: str):
+    return option(
+        default,
+        "architecture of the second network: the plans' own, or a plain or residual encoder U-Net; other: the one of "
+        "these that the plans' own is not",
+        choices=("same", "resenc", "plain", "other"),
+    )
+
+
 @dataclass(frozen=True)
 class SecondNetworkOptions:
-    second_network: str = option(
-        "same",
-        "architecture of the second network: the plans' own or the named one",
-        choices=("same", "resenc", "plain"),
-    )
+    second_network: str = second_network_option("same")
 
 
 class TwoNetworkTrainer(SemiSupervisedTrainer):
@@ -52,6 +57,10 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     def build_companions(self):
         return {"second": self.build_second()}
 
+    def trains_second(self) -> bool:
+        """False for a setting of the method in which B learns nothing."""
+        return True
+
     @property
     def second_folder(self) -> Path:
         """B's fold folder."""
@@ -61,7 +70,7 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
 
     def on_train_end(self):
         super().on_train_end()
-        if self.local_rank == 0 and not self.disable_checkpointing:
+        if self.local_rank == 0 and not self.disable_checkpointing and self.trains_second():
             self.write_second()
 
     def write_second(self) -> None:

@@ -28,6 +28,9 @@ class UAMTOptions(MeanTeacherOptions):
     )
 
 
+UAMTOptions.PRESETS = {"paper": dict(dropout=0.5, **MeanTeacherOptions.PRESETS["paper"])}
+
+
 class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
     """Mean Teacher whose consistency counts only where the teacher is certain.
 

@@ -38,6 +38,10 @@ def softmax(values):
     return [e / sum(exponentials) for e in exponentials]
 
 
+def probabilities(logits, kind):
+    return [1 / (1 + math.exp(-x)) for x in logits] if kind == "regions" else softmax(logits)
+
+
 def at(tensor, b, v):
     """The channels of a (B, C, *) tensor in one voxel, as numbers."""
     return [float(x) for x in tensor[(b, slice(None), *v)]]
@@ -247,6 +251,47 @@ def test_burl_takes_each_halfs_own_entropy(started, monkeypatch):
         assert torch.equal(pseudo, trainer.labels.hard(trainer.teacher(unlabeled.weak)[0]))
 
 
+# ---------------------------------------------------------------------------------- Pi-model and entropy minimization
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_pi_model_literally(started, monkeypatch, kind):
+    trainer = started(f"nnUNetTrainerPiModel_warm_up=0_ramp_up=0_consistency_weight=7{SHORT}", kind)
+    channels, shape = trainer.labels.num_outputs, (5, 4)
+    outputs = [torch.randn(2, channels, *shape, requires_grad=True) for _ in range(2)]
+    answers = iter(outputs)
+    monkeypatch.setattr(trainer, "logits", lambda network, x: next(answers))
+    x = torch.randn(2, 1, *shape)
+    term = trainer.unsupervised_loss(Unlabeled(x, x))["consistency"]
+    total = 0.0
+    for b in range(2):
+        for v in voxels(shape):
+            first, second = (probabilities(at(output, b, v), kind) for output in outputs)
+            total += sum((p - q) ** 2 for p, q in zip(first, second))
+    assert float(term.value) == pytest.approx(total / outputs[0].numel(), rel=1e-4) and term.weight == 7
+    # Both looks learn.
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(term.value, outputs))
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_entropy_minimization_literally(started, monkeypatch, kind):
+    trainer = started(f"nnUNetTrainerEntropyMinimization_warm_up=0_ramp_up=0_entropy_weight=0.2{SHORT}", kind)
+    channels, shape = trainer.labels.num_outputs, (5, 4)
+    output = torch.randn(2, channels, *shape)
+    monkeypatch.setattr(trainer, "logits", lambda network, x: output)
+    x = torch.randn(2, 1, *shape)
+    term = trainer.unsupervised_loss(Unlabeled(x, x))["entropy"]
+    total = 0.0
+    for b in range(2):
+        for v in voxels(shape):
+            p = probabilities(at(output, b, v), kind)
+            total -= sum(q * math.log(q) for q in p)
+            if kind == "regions":
+                total -= sum((1 - q) * math.log(1 - q) for q in p)
+    u_max = channels * math.log(2) if kind == "regions" else math.log(channels)
+    assert float(term.value) == pytest.approx(total / 40 / u_max, rel=1e-4) and term.weight == 0.2
+
+
 # ------------------------------------------------------------------------------------------------------------- UA-MT
 
 
@@ -263,9 +308,6 @@ def test_uamt_loss_literally(started, monkeypatch, kind, option):
     teacher = trainer.teacher_network
     monkeypatch.setattr(trainer, "logits", lambda network, x: network(x) if network is teacher else student)
 
-    def probabilities(logits):
-        return [1 / (1 + math.exp(-x)) for x in logits] if kind == "regions" else softmax(logits)
-
     def entropy(p):
         if kind == "regions":
             return -sum(x * math.log(x) + (1 - x) * math.log(1 - x) for x in p)
@@ -278,7 +320,7 @@ def test_uamt_loss_literally(started, monkeypatch, kind, option):
     for b in range(2):
         means = {}
         for v in voxels(shape):
-            several = [probabilities(at(p, b, v)) for p in (passes if "false" not in option else passes[:1])]
+            several = [probabilities(at(p, b, v), kind) for p in (passes if "false" not in option else passes[:1])]
             means[v] = [sum(values) / len(values) for values in zip(*several)]
         entropies = {v: entropy(mean) for v, mean in means.items()}
         if "percentile" in option:
@@ -286,7 +328,7 @@ def test_uamt_loss_literally(started, monkeypatch, kind, option):
         else:
             certain = [v for v, u in entropies.items() if u < threshold or "false" in option]
         for v in certain:
-            p = probabilities(at(student, b, v))
+            p = probabilities(at(student, b, v), kind)
             total += sum((x - y) ** 2 for x, y in zip(p, means[v])) / channels
             count += 1
     x = torch.randn(2, 1, *shape)
@@ -506,6 +548,71 @@ def test_dtml_consistency_weights_are_equations_5_and_6(started):
     assert group["consistency_labeled"].weight == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize("supervision", ["mask", "both"])
+def test_dtml_mask_loss_literally(started, supervision):
+    """Dice of 1 / (1 + exp(k z)); z = tanh(o / k), or tanh(o) where distances are learned. The output is -o."""
+    trainer = started(f"nnUNetTrainerDTML_warm_up=0_supervision={supervision}{SHORT}")
+    k, scale, shape = 1500, 1500 if supervision == "mask" else 1, (6, 5)
+    output = torch.randn(2, 3, *shape) * (3 if supervision == "mask" else 1e-3)
+    hard = torch.randint(0, 3, (2, 1, *shape))
+    valid = torch.rand(2, 1, *shape) < 0.8
+    sums = {}
+    for b in range(2):
+        for v in voxels(shape):
+            if valid[b, 0][v]:
+                for c in (1, 2):
+                    z = math.tanh(-at(output, b, v)[c] / scale)
+                    p, y = 1 / (1 + math.exp(k * z)), int(hard[b, 0][v]) == c
+                    overlap, sizes = sums.get((b, c), (0.0, 0.0))
+                    sums[b, c] = overlap + p * y, sizes + p + y
+    if trainer.configuration_manager.batch_dice:
+        sums = {c: [sum(sums[b, c][i] for b in range(2)) for i in range(2)] for c in (1, 2)}
+    dice = [(2 * overlap + 1e-5) / (sizes + 1e-5) for overlap, sizes in sums.values()]
+    assert float(trainer._mask_loss(output, hard, valid)) == pytest.approx(-sum(dice) / len(dice), rel=1e-3)
+
+
+def test_dtml_the_distance_network_keeps_learning_the_mask(started):
+    trainer = started(f"nnUNetTrainerDTML_setting=distance{SHORT}")
+    second, batch = trainer.companions["second"], next(trainer.dataloader_train)
+    losses = []
+    for _ in range(40):
+        trainer.train_step(batch)
+        losses.append(trainer._epoch_sums["mask"][-1])
+    with torch.no_grad():
+        p = mask_of_distance(trainer.distances(second(batch["data"])), 1500)
+    assert losses[-1] < losses[0] - 0.02
+    # Voxels that still have a gradient: with z = tanh(o) it is less than one in a hundred.
+    assert float((p * (1 - p) > 1e-3).float().mean()) > 0.3
+
+
+def test_dtml_refuses_a_distance_network_that_does_not_fit_the_plans(make_trainer):
+    with pytest.raises(ValueError, match="leave second_network out"):
+        make_trainer("nnUNetTrainerDTML_setting=distance_second_network=resenc").initialize()
+
+
+def test_dtc_terms(started):
+    trainer = started(f"nnUNetTrainerDTC_warm_up=0_ramp_up=0_consistency_weight=0.8_distance_weight=0.3{SHORT}")
+    batch = next(trainer.dataloader_train)
+    trainer._unlabeled_keys = []
+    terms = {}
+    for group in trainer.losses(batch["data"], batch["target"]):
+        terms |= group
+    assert {name: term.weight for name, term in terms.items()} == pytest.approx(
+        {"supervised": 1, "distance": 0.3, "consistency_labeled": 0.4, "consistency": 0.4}
+    )
+    outputs, z = trainer.both_tasks(batch["data"])
+    p, sdf = outputs[0].softmax(1), batch["target"][-1]
+    errors, differences = [], []
+    for b in range(len(z)):
+        for v in voxels(z.shape[2:]):
+            errors += [(x - y) ** 2 for x, y in zip(at(z, b, v), at(sdf, b, v))]
+            differences += [
+                (q - 1 / (1 + math.exp(min(1500 * x, 700)))) ** 2 for x, q in zip(at(z, b, v), at(p, b, v)[1:])
+            ]
+    assert float(terms["distance"].value) == pytest.approx(np.mean(errors), rel=1e-3)
+    assert float(terms["consistency_labeled"].value) == pytest.approx(np.mean(differences), rel=1e-2)
+
+
 @pytest.mark.parametrize("kind", ["labels", "regions"])
 def test_the_distance_networks_prediction_is_the_mask_of_negative_distances(started, kind):
     trainer = started(f"nnUNetTrainerDTML_warm_up=0_supervision=both{SHORT}", kind)
@@ -574,6 +681,29 @@ def test_the_networks_start_apart(started, option):
     assert not torch.equal(first, second)
 
 
+@BOTH_SHAPES
+@CLASSES
+@pytest.mark.parametrize("part", ["ce", "dice", "both"])
+def test_cps_losses_literally(started, shape, classes, part):
+    trainer = started(short("nnUNetTrainerCPS") + f"_pseudo_loss={part}")
+    trainer.labels = adapter(classes)
+    trainer.configuration_manager.configuration["batch_dice"] = True
+    trainer.build_companions()
+    logits, hard = torch.randn(2, classes, *shape), torch.randint(0, classes, (2, 1, *shape))
+    everywhere = torch.ones(2, 1, *shape, dtype=torch.bool)
+    loss, total = literal_ce(logits, hard, everywhere)
+    dice = []
+    for k in range(1, classes):
+        overlap = sizes = 0.0
+        for b in range(2):
+            for v in voxels(shape):
+                p, y = softmax(at(logits, b, v))[k], int(hard[b, 0][v]) == k
+                overlap, sizes = overlap + p * y, sizes + p + y
+        dice.append((2 * overlap + 1e-5) / (sizes + 1e-5))
+    expected = (part != "dice") * loss / total - (part != "ce") * sum(dice) / len(dice)
+    assert float(trainer.pseudo_loss(logits, hard, everywhere)) == pytest.approx(expected, rel=1e-4)
+
+
 def test_second_plans_go_there_and_back():
     arguments = dict(n_stages=3, features_per_stage=[8, 16, 32], n_conv_per_stage=[2] * 3)
     arguments["n_conv_per_stage_decoder"] = [2, 2]
@@ -589,6 +719,8 @@ def test_second_plans_go_there_and_back():
     back = second_plans(residual, "2d_big", "plain")["configurations"]["2d_big"]["architecture"]
     assert back == description
     assert second_plans(plans, "2d", "same") == plans
+    assert second_plans(plans, "2d_big", "other") == residual
+    assert second_plans(residual, "2d_big", "other")["configurations"]["2d_big"]["architecture"] == description
     description["network_class_name"] = "other.Net"
     with pytest.raises(NotImplementedError, match="other.Net.*second_network=same"):
         second_plans(plans, "2d", "resenc")
@@ -704,6 +836,33 @@ def test_equations_4_and_5_literally(started, kind):
     assert float(value) == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_mistake_terms_literally(started, kind):
+    """Squared error of the foreground's probabilities where the decisions differ."""
+    trainer = started(f"{short('nnUNetTrainerDualStream')}_mistake_weight=0.5", kind)
+    shape = (6, 5)
+    logits = [2 * torch.randn(2, trainer.labels.num_outputs, *shape) for _ in range(2)]
+    if kind == "labels":
+        target = torch.randint(0, 3, (2, 1, *shape))
+    else:
+        target = torch.randint(0, 2, (2, trainer.labels.num_outputs, *shape))
+    sums, count = [0.0, 0.0], 0
+    for b in range(2):
+        for v in voxels(shape):
+            p = [probabilities(at(x, b, v), kind) for x in logits]
+            if kind == "labels":
+                differ, y = len({q.index(max(q)) for q in p}) > 1, [int(target[b, 0][v]) == k for k in (1, 2)]
+                p = [q[1:] for q in p]
+            else:
+                differ, y = any((q > 0.5) != (r > 0.5) for q, r in zip(*p)), [int(x) for x in at(target, b, v)]
+            if differ:
+                count += 1
+                sums = [total + np.mean([(a - c) ** 2 for a, c in zip(q, y)]) for total, q in zip(sums, p)]
+    terms = trainer.mistake_terms(logits, target)
+    assert count > 0 and [term.weight for term in terms.values()] == [0.5, 0.5]
+    assert [float(term.value) for term in terms.values()] == pytest.approx([total / count for total in sums], rel=1e-4)
+
+
 def test_the_winner_labels_both_networks_in_its_reliable_region(started, monkeypatch):
     trainer = started(short("nnUNetTrainerDualStream") + "_unreliable=30")
     trainer.before_step()
@@ -734,7 +893,7 @@ def test_the_winner_labels_both_networks_in_its_reliable_region(started, monkeyp
     ["UAMT", "EntropyMinimization", "PiModel", "MeanTeacherBURL", "BCP", "BCPBURL", "CPS", "DTML", "DTC", "DualStream"],
 )
 def test_degenerate_batches_stay_finite(started, monkeypatch, method, kind, image):
-    """No foreground in labels, all ignored, constant images, a single labeled sample."""
+    """No foreground in labels, all ignored (where there is an ignore label), constant images."""
     trainer = started(short(f"nnUNetTrainer{method}"), kind)
     batch = next(trainer.dataloader_train)
     original = trainer.next_unlabeled
@@ -775,7 +934,9 @@ def test_all_uncertain_and_all_certain_are_finite(favored, normalized, share, al
     logits = torch.randn(2, 3, 5, 5, requires_grad=True)
     uncertain = torch.full((2, 1, 5, 5), share == "all")
     loss = RegionLoss(WeightedSegmentationLoss(adapter(3), True), normalized)
-    value = loss(logits, torch.zeros(2, 1, 5, 5, dtype=torch.long), uncertain, favored, alpha, torch.ones_like(uncertain))
+    value = loss(
+        logits, torch.zeros(2, 1, 5, 5, dtype=torch.long), uncertain, favored, alpha, torch.ones_like(uncertain)
+    )
     (gradient,) = torch.autograd.grad(value, logits)
     assert torch.isfinite(value) and torch.isfinite(gradient).all()
     favors_all = (favored == "url") == (share == "all")

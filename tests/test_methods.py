@@ -11,6 +11,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
 from nnunet_semiseg import cli
+from nnunet_semiseg.trainers.options import build_options, parse_suffix
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
 from nnunet_semiseg.trainers.two_networks import TwoNetworkTrainer
 
@@ -103,6 +104,30 @@ def test_each_term_trains_the_networks_it_should_and_no_others(started, method, 
     # A teacher has no parameter that could be trained.
     if trainer.teacher is not None:
         assert not [p for p in trainer.teacher.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_presets_are_settings_that_a_name_could_have(name):
+    options = find_trainer(name).Options
+    for preset, values in getattr(options, "PRESETS", {}).items():
+        suffix = "".join(f"_{key}={str(value).lower()}" for key, value in values.items())
+        assert parse_suffix(suffix, options)[0] == values
+        built = build_options(options, parse_suffix(f"_preset={preset}", options)[0])
+        assert {key: getattr(built, key) for key in values} == values
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("MeanTeacher_consistency_weight=0", "UAMT_consistency_weight=0", "PiModel_consistency_weight=0"),
+        *("EntropyMinimization_entropy_weight=0", "MeanTeacherBURL_pseudo_weight=0", "CPS_pseudo_weight=0"),
+        *("DTC_consistency_weight=0", "DTML_setting=labeled", "DTML_setting=distance", "DTML_consistency_weight=0"),
+        *("DualStream_preset=code", "CoraNet_setting=seg"),
+    ],
+)
+def test_settings_without_unlabeled_data_need_none(make_trainer, option):
+    with_all, without = (make_trainer(f"nnUNetTrainer{name}") for name in (option.split("_")[0], option))
+    assert with_all.needs_unlabeled() and not without.needs_unlabeled()
 
 
 # What switches a method's unlabeled half off, where its supervised part is nnU-Net's own.

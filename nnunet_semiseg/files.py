@@ -57,6 +57,9 @@ def link(source: Path, target: Path) -> None:
     """Make ``target`` a symbolic link to a file; a copy where the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     source = Path(source).resolve()
+    if target.is_symlink() and os.readlink(target) == str(source):
+        # Not made anew: somebody may be reading it.
+        return
     target.unlink(missing_ok=True)
     try:
         target.symlink_to(source)

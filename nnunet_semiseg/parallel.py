@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +27,17 @@ def add_processes_argument(parser) -> None:
         default=DEFAULT_PROCESSES,
         help="processes; each holds one case in memory (default %(default)s)",
     )
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent is gone, also after a kill -9: it would go on with the cases that are waiting."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def over_cases(
@@ -70,7 +83,8 @@ def over_cases(
                 collect(case, lambda arguments=arguments: function(*arguments))
         else:
             # A thread or lock of this process must not be copied into a worker.
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            context = get_context("spawn")
+            with ProcessPoolExecutor(processes, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
                 futures = {pool.submit(function, *arguments): case for case, arguments in jobs.items()}
                 try:
                     for future in as_completed(futures):

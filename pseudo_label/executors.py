@@ -206,6 +206,11 @@ def _start(job: Job, prefix: Sequence[str] = (), **options) -> subprocess.Popen:
         )
 
 
+def end_of(log: Path) -> str:
+    """The end of a log, as it is shown with an error."""
+    return "\n    ".join([f"The end of {log}:", *(_tail(log).splitlines() or ["(nothing)"])])
+
+
 def _tail(log: Path) -> str:
     """The last lines that the latest attempt has written."""
     if not log.is_file():
@@ -248,6 +253,14 @@ def _say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- local
+
+
+_LOCK = ".lock"
+
+
+def _left_lock_files(jobs: Sequence[Job]) -> set[Path]:
+    """Those beside the jobs' logs: an earlier call may have cut the same work into other jobs."""
+    return {file for folder in {job.log.parent for job in jobs} for file in folder.glob(f".?*{_LOCK}")}
 
 
 class LocalExecutor:
@@ -304,7 +317,7 @@ class LocalExecutor:
 
     @staticmethod
     def _lock_file(job: Job) -> Path:
-        return job.log.with_name(f".{job.log.name}.lock")
+        return job.log.with_name(f".{job.log.name}{_LOCK}")
 
     def describe(self, jobs: Sequence[Job]) -> list[str]:
         """The jobs as lines for a shell. Devices take turns; ``run`` gives a job to the device that is free first."""
@@ -313,8 +326,8 @@ class LocalExecutor:
     def run(self, jobs: Sequence[Job]) -> list[Failure]:
         """Run jobs, started in their order, until every one of them has ended.
 
-        A process that is left of an earlier call that was killed is ended first. Whatever happens to this call, short
-        of a kill -9, it leaves no process of a job.
+        Processes that an earlier call on the same folder of logs left when it was killed are ended first. Whatever
+        happens to this call, short of a kill -9, it leaves no process of a job.
 
         Returns:
             Those that failed, in their order.
@@ -329,7 +342,7 @@ class LocalExecutor:
             return []
         _check(jobs)
         self._check_gpus()
-        lock_files = [self._lock_file(job) for job in jobs]
+        lock_files = sorted({*map(self._lock_file, jobs), *_left_lock_files(jobs)})
         waiting = deque(jobs)
         running: dict[int, tuple[Job, subprocess.Popen]] = {}
         failures: dict[str, Failure] = {}
@@ -483,6 +496,7 @@ class SlurmExecutor:
         _check_slurm()
         by_name = {job.name: job for job in jobs}
         with _alone([self.folder]), _signals_raise(), _bar(jobs) as bar:
+            end_processes(_left_lock_files(jobs))
             self._continue(by_name)
             try:
                 self._submit([job for name, job in by_name.items() if name not in self._attempts])
@@ -537,6 +551,14 @@ class SlurmExecutor:
         records = read_json(file) if file.is_file() else {}
         self._attempts = {name: _Attempt(**record) for name, record in records.items()}
         states = self._states()
+        for name in [name for name in self._attempts if name not in jobs]:
+            attempt = self._attempts[name]
+            if _is_active(states.get((attempt.batch, attempt.index), ("", ""))[0]):
+                raise ValueError(
+                    f"Slurm job {attempt.id} is {name} of an earlier call, which this one cuts into other jobs. Wait "
+                    f"for it, or run: scancel {attempt.id}"
+                )
+            self._forget([name])
         for name in [name for name in jobs if name in self._attempts]:
             attempt, line = self._attempts[name], self._with_device(jobs[name]).line
             state, _ = states.get((attempt.batch, attempt.index), ("", ""))
@@ -647,7 +669,8 @@ class SlurmExecutor:
         else:
             reason = state or "it left the queue without an exit code"
         # Where the command did not start or could not end, Slurm's output is the one that says why.
-        log = job.log if exit_code is not None else self.folder / "submitit" / f"{attempt.id}_0_log.out"
+        own = exit_code is not None or attempt.id is None
+        log = job.log if own else self.folder / "submitit" / f"{attempt.id}_0_log.out"
         return Failure(job, exit_code, f"Slurm job {attempt.id}: {reason}", log, _tail(log))
 
     def _exit_file(self, attempt: _Attempt) -> Path:

@@ -43,18 +43,22 @@ class Manifest:
         """The manifest in the file, or a new one, which is not written yet.
 
         Raises:
-            ValueError: if the file is of a call with other arguments, naming the first that differs, or is damaged.
+            ValueError: if the file is of a call with other arguments, naming those that differ, or is damaged.
         """
         if not file.is_file():
             return cls(file, arguments, versions=_versions())
         manifest = cls.read(file)
-        for name in {**manifest.arguments, **arguments}:
-            before, now = (json.loads(json.dumps(a.get(name))) for a in (manifest.arguments, arguments))
-            if before != now and name not in MAY_CHANGE:
-                raise ValueError(
-                    f"{file} is of a call with {name} {json.dumps(before)}, not {json.dumps(now)}. Continue with the "
-                    "arguments of that call, or choose another -o"
-                )
+        before, now = _flat(manifest.arguments), _flat(arguments)
+        changed = [
+            f"{name} {json.dumps(before.get(name))}, not {json.dumps(now.get(name))}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name) and name not in MAY_CHANGE
+        ]
+        if changed:
+            raise ValueError(
+                f"{file} is of a call with {'; '.join(changed)}. Continue with the arguments of that call, or choose "
+                "another -o"
+            )
         if arguments["rounds"] < len(manifest.rounds) - 1:
             raise ValueError(f"{file} is in round {len(manifest.rounds) - 1} already. Use --rounds of that or more")
         if any(manifest.arguments[name] != arguments[name] for name in MAY_CHANGE):
@@ -89,6 +93,14 @@ class Manifest:
             "minutes": round((time.time() - start) / 60, 2),
         }
         self.write()
+
+
+def _flat(arguments: dict) -> dict:
+    """As JSON keeps them, those in groups (the rules) beside the others."""
+    found = {}
+    for name, value in json.loads(json.dumps(arguments)).items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _versions() -> dict[str, str]:

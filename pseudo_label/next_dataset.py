@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,22 +89,60 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
     )
 
 
-def free_ids(first: int, number: int) -> list[int]:
-    """The lowest dataset ids from ``first`` on that no folder of nnU-Net uses."""
-    used = used_ids()
+def free_ids(first: int, number: int, owner: Path) -> list[int]:
+    """The lowest dataset ids from ``first`` on that no folder of nnU-Net uses, and no other work folder will."""
+    used = used_ids(owner)
     free = [i for i in range(first, 1000) if i not in used]
     if len(free) < number:
         raise ValueError(f"There are not {number} free dataset ids from {first} to 999. Choose some with --dataset-ids")
     return free[:number]
 
 
-def used_ids() -> set[int]:
-    return {
+def used_ids(owner: Path) -> set[int]:
+    """Dataset ids that have a folder, or that a work folder other than ``owner`` has reserved."""
+    used = {
         int(folder.name[7:10])
         for variable in (nnUNet_raw, nnUNet_preprocessed, nnUNet_results)
         if variable.is_set()
         for folder in Path(str(variable)).glob("Dataset[0-9][0-9][0-9]_*")
     }
+    marks = Path(str(nnUNet_raw)).glob(f"{_MARK}[0-9][0-9][0-9]")
+    return used | {int(mark.name[-3:]) for mark in marks if _other_owner(mark, owner)}
+
+
+# A symbolic link in nnUNet_raw to the work folder whose round has the id and has not built its dataset yet: made with
+# its content in one step.
+_MARK = ".rounds_of_dataset_"
+
+
+def _mark(number: int) -> Path:
+    return Path(str(nnUNet_raw)) / f"{_MARK}{number:03d}"
+
+
+def _other_owner(mark: Path, owner: Path) -> bool:
+    """Whether the mark is that of another work folder, which still exists."""
+    with suppress(FileNotFoundError):
+        return Path(os.readlink(mark)) != owner and mark.exists()
+    return False
+
+
+def reserve_id(number: int, owner: Path) -> bool:
+    """Keep a dataset id for a work folder; False if another one was faster."""
+    mark = _mark(number)
+    if not _other_owner(mark, owner):
+        with suppress(FileNotFoundError):
+            if Path(os.readlink(mark)) == owner:
+                return True
+            mark.unlink()
+        with suppress(FileExistsError):
+            mark.symlink_to(owner)
+            return True
+    return False
+
+
+def release_id(number: int) -> None:
+    """The dataset is there: its folder holds the id."""
+    _mark(number).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

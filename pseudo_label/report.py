@@ -180,7 +180,7 @@ def _round_pictures(folder: Path, of: dict, threshold: float | None) -> dict | N
     by_class = {
         n: [c["classes"][n]["score"] for c in of["cases"] if c["classes"][n]["score"] is not None] for n in names
     }
-    scores = {accepted: [c["score"] for c in defined if bool(c["accepted"]) is accepted] for accepted in (True, False)}
+    scores = {accepted: [c["score"] for c in defined if c["accepted"] is accepted] for accepted in (True, False)}
     return {
         "histogram": pictures.histogram(scores[True], scores[False], threshold) if defined else None,
         "classes": pictures.boxes(by_class, "score") if defined else None,

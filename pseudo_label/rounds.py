@@ -19,9 +19,9 @@ from nnunet_semiseg.parallel import over_cases
 from nnunet_semiseg.segmentations import Classes, read_labels
 from nnunet_semiseg.trainers.options import OptionError
 from nnunet_semiseg.trainers.registry import find_trainer
-from pseudo_label.executors import Failure, Job, lock
+from pseudo_label.executors import Failure, Job, end_of, lock
 from pseudo_label.manifest import Manifest
-from pseudo_label.next_dataset import NextDataset, free_ids, read_cases, used_ids
+from pseudo_label.next_dataset import NextDataset, free_ids, read_cases, release_id, reserve_id, used_ids
 from pseudo_label.scores import CaseScore, read_scores, score_members
 from pseudo_label.selection import Rules, select, to_annotate
 from pseudo_label.selection_files import export_for_annotation, ignore_value, write_selection
@@ -154,6 +154,11 @@ class Rounds:
             raise ValueError(
                 f"{s.configuration} is the second stage of a cascade. Use the members' first stage for rounds"
             )
+        if plans.plans["image_reader_writer"] == "Tiff3DIO":
+            raise ValueError(
+                "3D TIFF files keep their spacing in files of their own, which rounds do not hand on. Convert the "
+                "images to .nii.gz: nnunet_semiseg convert generic"
+            )
         if self._needs_probabilities and plans.plans["image_reader_writer"].endswith("WithReorient"):
             raise ValueError(
                 f"{s.plans} read images with {plans.plans['image_reader_writer']}, which writes probabilities in "
@@ -196,14 +201,17 @@ class Rounds:
             raise ValueError(
                 f"The first rounds have the dataset ids {' '.join(map(str, own))}. Give these, and then new ones"
             )
-        taken = sorted(set(ids[len(own) :]) & used_ids())
+        taken = sorted(set(ids[len(own) :]) & used_ids(self.folder))
         if taken:
             raise ValueError(f"The dataset id {taken[0]} is taken. Use another one, or leave --dataset-ids out")
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
-    def run(self) -> str:
+    def run(self, call: str | None = None) -> str:
         """Do what is left to do; returns why the rounds stopped.
+
+        Args:
+            call: The command line, for the manifest.
 
         Raises:
             RuntimeError: with the ends of the logs, if trainings or predictions failed; a further call continues.
@@ -213,6 +221,11 @@ class Rounds:
         if held is None:
             raise ValueError(f"Another call works on {self.folder}. Wait for it, or stop it")
         with held:
+            # Another call may have gone on since this one read it.
+            self.manifest = Manifest.open(self.manifest.file, self.manifest.arguments)
+            self._check_cases()
+            if call and self.manifest.stopped is None:
+                self.manifest.calls.append(call)
             self._loop()
         return self.manifest.stopped
 
@@ -235,7 +248,7 @@ class Rounds:
                     self._stop(reason or f"All {number} rounds are done")
                     break
                 number += 1
-                manifest.rounds.append({"dataset": self._next_name(number), "steps": {}})
+                manifest.rounds.append({"dataset": self._take_name(number), "steps": {}})
                 manifest.write()
             self._round(number)
 
@@ -300,8 +313,8 @@ class Rounds:
         for member in self.members:
             if found[member.name] is None:
                 raise RuntimeError(
-                    f"The training of {member.name} left no {self._summary(number, member)}. Its log: "
-                    f"{self._log(number, member)}"
+                    f"The training of {member.name} left no {self._summary(number, member)}. "
+                    f"{end_of(self._log(number, member))}"
                 )
         return found
 
@@ -360,13 +373,14 @@ class Rounds:
         for case, files in remaining.items():
             for channel, file in enumerate(files):
                 link(file, images / f"{case}_{channel:04d}{self.first.file_ending}")
-        resumed = any(self._predicted(number, member).is_dir() for member in self.members)
         self._predict(number, remaining)
-        if resumed:
-            # A kill cuts off files, which --continue_prediction takes for finished. They are looked for only now: jobs
-            # on a cluster go on after a kill and may have been writing them.
-            for file in self._damaged(number, remaining):
-                file.unlink()
+        # A kill of an earlier call, or of a job that the executor tried again, cuts off files, which
+        # --continue_prediction takes for finished. They are looked for only now: jobs on a cluster go on after a kill
+        # and may have been writing them.
+        damaged = self._damaged(number, remaining)
+        for file in damaged:
+            file.unlink()
+        if damaged:
             self._predict(number, remaining)
         of["predicted"] = len(remaining)
 
@@ -377,10 +391,9 @@ class Rounds:
         for member in waiting:
             missing = self._unpredicted(number, member, cases)
             if missing:
-                raise RuntimeError(
-                    f"The prediction of {member.name} left no {missing[0]} in {self._predicted(number, member)}. Its "
-                    f"logs: {self.round_folder(number) / 'logs'}"
-                )
+                logs = [end_of(job.log) for job in self._predictions(number, member)]
+                left = f"The prediction of {member.name} left no {missing[0]} in {self._predicted(number, member)}."
+                raise RuntimeError("\n".join([left, *logs]))
 
     def _unpredicted(self, number: int, member: Member, cases) -> list[str]:
         """The cases without one of a member's files."""
@@ -424,7 +437,6 @@ class Rounds:
         scores, s = self._scores(number), self.settings
         decisions = select(scores, s.rules)
         folder = self.round_folder(number) / "selection"
-        write_selection(self.scored(number), folder, decisions, scores, self.classes, s.min_agreement)
         of["select_command"] = shlex.join(self._select_command(number))
         of["accepted"] = [case for case, decision in decisions.items() if decision.accepted]
         left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
@@ -432,12 +444,20 @@ class Rounds:
         if of["annotate"]:
             images = {case: self.cases.unlabeled[case] for case in of["annotate"]}
             export_for_annotation(
-                self.scored(number), folder / "annotate", of["annotate"], scores, images, self.classes
+                self.scored(number),
+                folder / "annotate",
+                of["annotate"],
+                scores,
+                images,
+                self.classes,
+                self.first.json["channel_names"],
             )
+        write_selection(self.scored(number), folder, decisions, scores, self.classes, s.min_agreement)
 
     def _build_step(self, number: int, of: dict) -> None:
         following = self._next(number)
         following.build()
+        release_id(int(following.name[7:10]))
         of["remaining"] = len(following.remaining)
 
     # ------------------------------------------------------------------------------------------------- drift of classes
@@ -445,25 +465,28 @@ class Rounds:
     def _drift(self, number: int, scores: dict[str, CaseScore]) -> list[str]:
         """What is suspicious about the classes' mean volumes: one line for each class, empty if nothing is.
 
-        Round 1 is compared with the labeled cases, a later one with the round before, on the cases that both have: the
-        cases that are left are harder ones, which is no drift.
+        Round 1 is compared with the labeled cases; a later one with the round before and, so that small steps do not
+        add up unseen, with round 1. That is on the cases that both have: those that are left are harder ones, which is
+        no drift.
         """
-        volumes = {case: {k: own.volume_mm3 for k, own in score.classes.items()} for case, score in scores.items()}
+        volumes = _volumes(scores, scores)
         if number == 1:
-            what, factor = "the labeled cases", DRIFT_FROM_LABELED
-            file = self.scored(1) / "labeled_volumes.json"
-            before = list(read_json(file).values())
+            labeled = read_json(self.scored(1) / "labeled_volumes.json")
+            compared = [("the labeled cases", list(labeled.values()), DRIFT_FROM_LABELED)]
         else:
-            what, factor = f"round {number - 1}", DRIFT_BETWEEN_ROUNDS
-            former = self._scores(number - 1)
-            before = [{k: own.volume_mm3 for k, own in former[case].classes.items()} for case in scores]
+            factors = {1: DRIFT_FROM_LABELED, number - 1: DRIFT_BETWEEN_ROUNDS}
+            compared = [(f"round {i}", _volumes(self._scores(i), scores), factor) for i, factor in factors.items()]
         found = []
         for name in self.classes.names:
-            old, new = _mean(of[name] for of in before), _mean(of[name] for of in volumes.values())
-            if new == 0 and old > 0:
-                found.append(f"no case has {name}")
-            elif old > 0 and not 1 / factor <= new / old <= factor:
-                found.append(f"{name} has {new:.3g} mm3 in the mean case, in {what} it has {old:.3g}")
+            new = _mean(of[name] for of in volumes)
+            for what, before, factor in reversed(compared):
+                old = _mean(of[name] for of in before)
+                if new == 0 and old > 0:
+                    found.append(f"no case has {name}")
+                    break
+                if old > 0 and not 1 / factor <= new / old <= factor:
+                    found.append(f"{name} has {new:.3g} mm3 in the mean case, in {what} it has {old:.3g}")
+                    break
         return found
 
     def _labels_of_training_cases(self) -> Path:
@@ -493,10 +516,20 @@ class Rounds:
     def _scores(self, number: int) -> dict[str, CaseScore]:
         return read_scores(self.scored(number))
 
+    def _take_name(self, number: int) -> str:
+        """A name whose id no other rounds can take until the dataset is there."""
+        while True:
+            name = self._next_name(number)
+            own = int(name[7:10])
+            if reserve_id(own, self.folder):
+                return name
+            if self.settings.dataset_ids:
+                raise ValueError(f"The dataset id {own} is taken by other rounds. Use another one")
+
     def _next_name(self, number: int) -> str:
         first_id, _, name = self.first.name[len("Dataset") :].partition("_")
         ids = self.settings.dataset_ids
-        own = ids[number - 1] if ids else free_ids(int(first_id) + 1, 1)[0]
+        own = ids[number - 1] if ids else free_ids(int(first_id) + 1, 1, self.folder)[0]
         return f"Dataset{own:03d}_{name}_round{number}"
 
     def _next(self, number: int) -> NextDataset:
@@ -573,7 +606,7 @@ class Rounds:
         s, manifest = self.settings, self.manifest
         rounds = list(manifest.rounds)
         try:
-            names = iter(free_ids(int(s.dataset[7:10]) + 1, s.rounds))
+            names = iter(free_ids(int(s.dataset[7:10]) + 1, s.rounds, self.folder))
             for number in range(len(rounds), s.rounds + 1):
                 name = s.dataset if number == 0 else self._next_name(number)
                 if number and not s.dataset_ids:
@@ -609,13 +642,20 @@ class Rounds:
         command += ["-o", str(self.round_folder(number) / "selection")]
         for flag in ("threshold", "max_volume_zscore", "top", "fraction"):
             if getattr(rules, flag) is not None:
-                command += [f"--{flag.replace('_', '-')}", f"{getattr(rules, flag):g}"]
+                command += [f"--{flag.replace('_', '-')}", str(getattr(rules, flag))]
         pairs = {"--class-threshold": rules.class_thresholds, "--max-components": rules.max_components}
         for flag, values in pairs.items():
-            command += [flag, *(f"{name}={value:g}" for name, value in values.items())] if values else []
+            command += [flag, *(f"{name}={value}" for name, value in values.items())] if values else []
         command += ["--balanced"] if rules.balanced else []
-        minimum = self.settings.min_agreement
-        return command + (["--min-agreement", f"{minimum:g}"] if minimum else [])
+        s = self.settings
+        command += ["--min-agreement", str(s.min_agreement)] if s.min_agreement else []
+        images = str(self.round_folder(number) / "images")
+        return command + (["--annotate", str(s.annotate), "--images", images] if s.annotate else [])
+
+
+def _volumes(scores: dict[str, CaseScore], cases) -> list[dict[str, float]]:
+    """The volume of each class, of each of the cases."""
+    return [{name: own.volume_mm3 for name, own in scores[case].classes.items()} for case in cases]
 
 
 def _mean(values) -> float | None:

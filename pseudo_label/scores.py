@@ -32,8 +32,9 @@ from pseudo_label.consensus import count_components, mean_probabilities, staple,
 CONSENSUS = ("mean", "majority", "staple")
 METRICS = ("dice", "iou")
 BOTH_EMPTY = ("skip", "one")
-# What a run leaves in its folder, in the order in which --overwrite removes it: a case without its file is not done.
-_OUTPUTS = ("cases", "cases.csv", "scores.csv", "labeled_volumes.json", "consensus", "disagreement", "entropy")
+# What a run leaves in its folder, in the order in which --overwrite removes it: without cases.csv the folder is
+# not finished, and a case without its file is not done.
+_OUTPUTS = ("cases.csv", "cases", "scores.csv", "labeled_volumes.json", "consensus", "disagreement", "entropy")
 # Formats that cannot hold what is written, and the ones that are written instead.
 _MASK_ENDINGS = {".mhd": ".mha"}
 _MAP_ENDINGS = {**_MASK_ENDINGS, ".png": ".tif", ".bmp": ".tif"}

@@ -68,7 +68,16 @@ def select(scores: Mapping[str, CaseScore], rules: Rules) -> dict[str, Decision]
 
     A score that equals a threshold is accepted. ``top`` and ``fraction`` choose among the cases that fulfill the other
     rules; equal scores are taken in the order of names.
+
+    Raises:
+        ValueError: if a rule compares volumes with labeled cases, and the scores have none.
     """
+    if rules.max_volume_zscore is not None and all(
+        own.volume_zscore is None for score in scores.values() for own in score.classes.values()
+    ):
+        raise ValueError(
+            "--max-volume-zscore needs the volumes of two or more labeled cases. Score with -d, or with --labeled"
+        )
     reasons = {case: _reasons(score, rules) for case, score in scores.items()}
     candidates = [scores[case] for case, found in reasons.items() if not found]
     limit = rules.top if rules.fraction is None else int(rules.fraction * len(scores) + 1e-9)
@@ -96,7 +105,9 @@ def _reasons(score: CaseScore, rules: Rules) -> list[str]:
         if lowest is not None and own.score is not None and own.score < lowest:
             found.append(f"score {own.score:.4f} of {name} is below {lowest:g}")
         z, limit = own.volume_zscore, rules.max_volume_zscore
-        if limit is not None and z is not None and abs(z) > limit:
+        if limit is not None and z is None:
+            found.append(f"the volume of {name} cannot be compared: it is the same in all labeled cases")
+        elif limit is not None and abs(z) > limit:
             found.append(
                 f"volume of {name} is {z:+.1f} standard deviations from the labeled cases', {limit:g} are allowed"
             )

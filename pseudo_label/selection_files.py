@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.datasets import CaseError
-from nnunet_semiseg.files import link, read_json, write_csv, write_json
+from nnunet_semiseg.files import link, read_json, whole, write_csv, write_json
 from nnunet_semiseg.segmentations import Classes, find_files, read_image, read_labels, write_labels
 from pseudo_label.scores import CaseScore
 from pseudo_label.selection import Decision
@@ -112,6 +112,7 @@ def export_for_annotation(
     scores: Mapping[str, CaseScore],
     images: Mapping[str, list[Path]],
     classes: Classes,
+    channel_names: Mapping[str, str] | None = None,
 ) -> None:
     """An nnU-Net-style folder: images (linked), the consensus to start from, and annotate.csv, most useful first."""
     consensus = find_files(scored / "consensus")
@@ -119,12 +120,12 @@ def export_for_annotation(
         for file in images[case]:
             link(file, out / "imagesTr" / file.name)
         # A copy: it will be edited.
-        (out / "labelsTr").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(consensus[case], out / "labelsTr" / consensus[case].name)
+        with whole(out / "labelsTr" / consensus[case].name) as temporary:
+            shutil.copyfile(consensus[case], temporary)
     ending = consensus[cases[0]].name[len(cases[0]) :]
     labels = {name: list(v) if len(v) > 1 else v[0] for name, v in zip(classes.names, classes.values)}
     description = {
-        "channel_names": {str(i): f"channel {i}" for i in range(len(images[cases[0]]))},
+        "channel_names": channel_names or {str(i): f"channel {i}" for i in range(len(images[cases[0]]))},
         "labels": {"background": 0, **labels, **({} if classes.ignore is None else {"ignore": classes.ignore})},
         **({"regions_class_order": list(classes.region_order)} if classes.region_order else {}),
         "numTraining": len(cases),

@@ -248,6 +248,17 @@ def test_what_a_killed_caller_left_is_ended_before_its_job_starts_again(tmp_path
     assert not any(map(is_alive, numbers)) and len(headers(job)) == 2
 
 
+def test_what_a_killed_caller_left_is_ended_before_the_same_work_starts_in_other_jobs(tmp_path):
+    caller = start_caller(LOCAL_CALLER, tmp_path)
+    wait_for((tmp_path / "numbers").exists)
+    numbers = json.loads((tmp_path / "numbers").read_text())
+    caller.kill()
+    caller.wait()
+    assert all(map(is_alive, numbers))
+    assert LocalExecutor(["cpu"]).run([make_job("job_part0", tmp_path, "pass")]) == []
+    assert not any(map(is_alive, numbers))
+
+
 def test_children_of_a_crashed_job_are_ended(tmp_path):
     [failure] = LocalExecutor(["cpu"]).run([make_job("job", tmp_path, TRAINING, "crash")])
     assert failure.exit_code == 5

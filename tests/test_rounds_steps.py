@@ -1,6 +1,7 @@
 """The logic of rounds, with an executor that writes what trainings and predictions would leave."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from nnunetv2.paths import nnUNet_results
 from nnunet_semiseg import checkpoints, files
 from nnunet_semiseg.datasets import CaseError, Dataset
 from pseudo_label.executors import Failure
-from pseudo_label.next_dataset import free_ids
+from pseudo_label.next_dataset import free_ids, release_id, reserve_id, used_ids
 from pseudo_label.rounds import Rounds, Settings
 from pseudo_label.selection import Rules
 
@@ -108,11 +109,13 @@ def dataset(prepared, work):
     yield prepared("labels")
     for folder in [*work.glob("*/Dataset9*"), *(work / "results").glob("Dataset801*")]:
         shutil.rmtree(folder)
+    for mark in (work / "raw").glob(".rounds_of_dataset_*"):
+        mark.unlink()
 
 
 @pytest.fixture
 def make(tmp_path):
-    def rounds(executor, parts=1, **changes):
+    def rounds(executor, parts=1, folder="work", **changes):
         settings = {
             "rounds": 2,
             "rules": Rules(fraction=0.5),
@@ -124,7 +127,7 @@ def make(tmp_path):
         settings |= changes
         return Rounds(
             Settings(dataset="Dataset801_labels", configuration="2d", plans="nnUNetPlans_cpu", **settings),
-            tmp_path / "work",
+            tmp_path / folder,
             executor,
             parts,
             processes=1,
@@ -282,7 +285,7 @@ def test_a_missing_prediction_is_named(make):
             super()._predict(command)
             (Path(command[command.index("-o") + 1]) / "unl_01.nii.gz").unlink()
 
-    with pytest.raises(RuntimeError, match="left no unl_01 in .*seed=1_fold0. Its logs: .*round_1/logs"):
+    with pytest.raises(RuntimeError, match="left no unl_01 in .*seed=1_fold0.\nThe end of .*round_1/logs"):
         make(Forgetful()).run()
 
 
@@ -299,6 +302,33 @@ def test_files_that_a_kill_cut_off_are_made_again(make, tmp_path):
     (fold / "validation" / "summary.json").write_text('{"mean": {"1"')
     executor.failing = None
     assert make(executor, consensus="mean").run() == "All 2 rounds are done"
+
+
+def test_files_that_a_job_which_was_tried_again_cut_off_are_made_again(make, tmp_path):
+    """Slurm ends an attempt while it writes; the next one, in the same call, takes the file for finished."""
+
+    class Cutting(FakeExecutor):
+        def _predict(self, command):
+            super()._predict(command)
+            file = Path(command[command.index("-o") + 1]) / "unl_00.nii.gz"
+            if len(self.ran) == 4:
+                file.write_bytes(file.read_bytes()[:100])
+
+    assert make(Cutting()).run() == "All 2 rounds are done"
+
+
+def test_classes_that_drift_in_small_steps(make):
+    """No round changes a volume by more than 2, but all of them together by more than 3."""
+
+    def shrinking(number, member, case):
+        labels = predict(number, member, case)
+        ball = np.flatnonzero(labels == 1)
+        labels.flat[ball[int(0.6 ** (number - 1) * len(ball)) :]] = 0
+        return labels
+
+    executor = FakeExecutor(predict=shrinking)
+    reason = make(executor, rounds=4, rules=Rules(top=1), dataset_ids=(901, 902, 903, 904)).run()
+    assert "drift in round 4: ball has" in reason and "in round 1 it has" in reason
 
 
 def test_parts_share_a_prediction(make):
@@ -425,6 +455,22 @@ def test_dataset_ids_of_finished_rounds_stay(make):
     assert make(FakeExecutor(), rounds=2, dataset_ids=(901, 903)).run() == "All 2 rounds are done"
 
 
+def test_all_changed_arguments_are_named(make):
+    make(FakeExecutor(), rounds=1).run()
+    expected = 'max_components {}, not {"ball": 2}; fraction 0.5, not 0.4; metric "dice", not "iou". Continue'
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        make(FakeExecutor(), rounds=1, rules=Rules(fraction=0.4, max_components={"ball": 2}), metric="iou")
+
+
+def test_a_call_that_waited_for_another_goes_on_from_there(make):
+    """Both read the manifest when nothing was done."""
+    first, second = make(FakeExecutor()), make(FakeExecutor())
+    first.run("first call")
+    executor = second.executor
+    assert second.run("second call") == first.manifest.stopped and not executor.ran
+    assert second.manifest.calls == ["first call"]
+
+
 def test_one_call_at_a_time(make):
     executor = FakeExecutor()
     other = make(executor)
@@ -442,7 +488,44 @@ def test_one_call_at_a_time(make):
 
 
 def test_no_free_dataset_id(monkeypatch):
-    monkeypatch.setattr("pseudo_label.next_dataset.used_ids", lambda: set(range(1, 998)))
-    assert free_ids(5, 2) == [998, 999]
+    monkeypatch.setattr("pseudo_label.next_dataset.used_ids", lambda owner: set(range(1, 998)))
+    assert free_ids(5, 2, Path("work")) == [998, 999]
     with pytest.raises(ValueError, match="not 3 free dataset ids from 5"):
-        free_ids(5, 3)
+        free_ids(5, 3, Path("work"))
+
+
+def test_two_work_folders_never_share_a_dataset(make, tmp_path, monkeypatch):
+    """The second begins when the first has chosen the id of a dataset that it has not built yet."""
+    seen = []
+
+    class Meanwhile(FakeExecutor):
+        def _predict(self, command):
+            if not seen:
+                seen.append(True)
+                other = make(FakeExecutor(), folder="other", rounds=1, dataset_ids=())
+                assert other.run() == "All 1 rounds are done"
+                with pytest.raises(ValueError, match="The dataset id 901 is taken"):
+                    make(FakeExecutor(), folder="third", rounds=1, dataset_ids=(901,))
+                names.append(other.manifest.rounds[1]["dataset"])
+            super()._predict(command)
+
+    names = []
+    monkeypatch.setattr("pseudo_label.rounds.free_ids", lambda first, number, owner: free_ids(901, number, owner))
+    rounds = make(Meanwhile(), rounds=1, dataset_ids=())
+    rounds.run()
+    names.append(rounds.manifest.rounds[1]["dataset"])
+    assert sorted(names) == ["Dataset901_labels_round1", "Dataset902_labels_round1"]
+    assert not list(Dataset("Dataset801_labels").raw.parent.glob(".rounds_of*"))
+
+
+def test_ids_of_a_work_folder_that_is_gone_are_free(work, tmp_path):
+    mark = work / "raw" / ".rounds_of_dataset_950"
+    mark.symlink_to(tmp_path / "gone")
+    assert 950 not in used_ids(tmp_path / "work")
+    (tmp_path / "gone").mkdir()
+    assert 950 in used_ids(tmp_path / "work") and 950 not in used_ids(tmp_path / "gone")
+    assert not reserve_id(950, tmp_path / "work") and reserve_id(950, tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert reserve_id(950, tmp_path / "work") and mark.readlink() == tmp_path / "work"
+    release_id(950)
+    assert not mark.is_symlink()

@@ -59,7 +59,9 @@ def test_threshold_of_a_class_where_it_is_present():
 def test_volumes_far_from_those_of_labeled_cases(sign):
     scores = {str(z): case_score(str(z), 0.9, liver=class_score(z=sign * z)) for z in (0.0, 3.0, 3.01)}
     scores["unknown"] = case_score("unknown", 0.9, liver=class_score(z=None))
-    assert accepted(scores, max_volume_zscore=3) == ["0.0", "3.0", "unknown"]
+    assert accepted(scores, max_volume_zscore=3) == ["0.0", "3.0"]
+    (reason,) = select(scores, Rules(max_volume_zscore=3))["unknown"].reasons
+    assert reason == "the volume of liver cannot be compared: it is the same in all labeled cases"
     (reason,) = select(scores, Rules(max_volume_zscore=2.5))["3.0"].reasons
     assert reason == f"volume of liver is {3 * sign:+.1f} standard deviations from the labeled cases', 2.5 are allowed"
 
@@ -253,6 +255,22 @@ def test_voxels_on_which_members_do_not_agree_are_ignored(scored):
     assert cli.main(["select", "-i", str(scored / "scores"), "-o", str(scored / "two"), "--min-agreement", "0.6"]) == 0
     # Two of three agree everywhere.
     assert voxels(scored / "two" / "labels" / "c_0.nii.gz").max() == 2
+
+
+def test_accepted_cases_are_not_proposed_for_annotation(scored, capsys):
+    images = str(scored / "images")
+    assert run(scored, "--top", "3", "--annotate", "3", "--images", images) == 0
+    assert "most useful first: c_3. Open" in capsys.readouterr().out
+    assert run(scored, "--annotate", "3", "--images", images, "--overwrite", "--min-agreement", "0.9") == 0
+    printed = capsys.readouterr().out
+    assert "none, as all cases are accepted" in printed and '"ignore": 3' in printed
+    assert not (scored / "out" / "annotate").exists()
+
+
+def test_volumes_that_cannot_be_compared_are_no_rule(scored, capsys):
+    assert run(scored, "--max-volume-zscore", "3") == 1
+    assert "needs the volumes of two or more labeled cases" in capsys.readouterr().err
+    assert not (scored / "out").exists()
 
 
 def test_an_earlier_selection_is_not_mixed_in(scored, capsys):

@@ -29,7 +29,7 @@ def add_arguments(parser):
     parser.add_argument("--consensus", choices=CONSENSUS, help="as for pseudo_label score (default: mean)")
     parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of the score (default %(default)s)")
     parser.add_argument("--per-slice", action="store_true", help="average the score over slices")
-    add_rules(parser)
+    add_rules(parser, f"a case has to fulfill all that are given; without any: --threshold {DEFAULT_THRESHOLD}")
     training = parser.add_argument_group("training")
     training.add_argument("--finetune", action="store_true", help="start from the weights of the round before")
     training.add_argument(
@@ -100,9 +100,7 @@ def run(args) -> None:
     if args.print_only:
         print("\n".join(rounds.describe()))
         return
-    if rounds.manifest.stopped is None:
-        rounds.manifest.calls.append(args.command_line)
-    print(f"Stopped: {rounds.run()}.")
+    print(f"Stopped: {rounds.run(args.command_line)}.")
     for number, of in enumerate(rounds.manifest.rounds):
         dice = ", ".join(f"{name} {value:.4f}" for name, value in of.get("validation", {}).items())
         accepted = f", {len(of['accepted'])} cases accepted" if "accepted" in of else ""

@@ -10,15 +10,16 @@ from pseudo_label.selection import Rules, select, to_annotate
 from pseudo_label.selection_files import (
     case_images,
     export_for_annotation,
+    ignore_value,
     remove_selection,
     scored_classes,
     write_selection,
 )
 
 
-def add_rules(parser) -> None:
+def add_rules(parser, meaning: str) -> None:
     """The flags of Rules, which ``rounds`` has as well."""
-    rules = parser.add_argument_group("rules", "a case has to fulfill all that are given")
+    rules = parser.add_argument_group("rules", meaning)
     rules.add_argument("--threshold", type=float, metavar="T", help="lowest score (T itself is accepted)")
     rules.add_argument(
         "--class-threshold", nargs="+", type=_pair(float), default=[], metavar="NAME=T", help="lowest score of a class"
@@ -38,7 +39,9 @@ def add_rules(parser) -> None:
         help="largest number of connected components of a class",
     )
     rules.add_argument("--top", type=int, metavar="K", help="at most the K best of the cases that fulfill the others")
-    rules.add_argument("--fraction", type=float, metavar="F", help="the same as a share of all scored cases")
+    rules.add_argument(
+        "--fraction", type=float, metavar="F", help="the same with K = F times the scored cases, rounded down"
+    )
     rules.add_argument(
         "--balanced", action="store_true", help="with --top or --fraction: the classes take turns in choosing"
     )
@@ -82,10 +85,13 @@ def read_rules(args, classes: Classes) -> Rules:
 def add_arguments(parser):
     parser.add_argument("-i", type=Path, required=True, metavar="SCORED", help="folder that pseudo_label score wrote")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of the decisions and label maps")
-    add_rules(parser)
+    add_rules(parser, "a case has to fulfill all that are given; without any, every case with foreground is accepted")
     annotate = parser.add_argument_group("annotation by a person")
     annotate.add_argument(
-        "--annotate", type=int, metavar="N", help="also list the N cases whose annotation should help most"
+        "--annotate",
+        type=int,
+        metavar="N",
+        help="also list the N cases whose annotation should help most, of those that are not accepted",
     )
     annotate.add_argument("--images", type=Path, help="folder of the images (CASE_0000...), to open with these cases")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier selection in OUT")
@@ -106,11 +112,20 @@ def run(args) -> None:
     elif args.o.exists() and any(args.o.iterdir()):
         raise FileExistsError(f"{args.o} is not empty. Choose another -o, or replace what is there with --overwrite")
     decisions = select(scores, rules)
+    left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
+    chosen = to_annotate(left, args.annotate) if images is not None else []
+    if chosen:
+        export_for_annotation(args.i, args.o / "annotate", chosen, scores, images, classes)
     write_selection(args.i, args.o, decisions, scores, classes, args.min_agreement)
     accepted = [case for case, decision in decisions.items() if decision.accepted]
     print(f"{len(accepted)} of {len(decisions)} cases are accepted. Label maps: {args.o / 'labels'}")
     print(f"Reasons: {args.o / 'selection.csv'}")
-    if images is not None:
-        chosen = to_annotate(scores, args.annotate)
-        export_for_annotation(args.i, args.o / "annotate", chosen, scores, images, classes)
+    if args.min_agreement > 0:
+        ignore = ignore_value(classes)
+        print(
+            f'Voxels without agreement have the label {ignore}: put "ignore": {ignore} into the labels of dataset.json'
+        )
+    if images is not None and not chosen:
+        print("To annotate next: none, as all cases are accepted")
+    if chosen:
         print(f"To annotate next, most useful first: {', '.join(chosen)}. Open {args.o / 'annotate'}")

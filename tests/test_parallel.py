@@ -1,0 +1,46 @@
+"""Cases in several processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# A module of its own, so that spawned workers can import the function.
+WORK = """
+import os, sys, time
+from pathlib import Path
+from nnunet_semiseg.parallel import over_cases
+
+def work(folder, case):
+    (Path(folder) / f"{case}.{os.getpid()}").touch()
+    time.sleep(2)
+
+if __name__ == "__main__":
+    over_cases(work, {str(i): (sys.argv[1], i) for i in range(20)}, 2, "Working")
+"""
+
+
+def is_alive(number: int) -> bool:
+    status = Path(f"/proc/{number}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_workers_end_with_a_caller_that_is_killed(tmp_path):
+    script = tmp_path / "work.py"
+    script.write_text(WORK)
+    folder = tmp_path / "cases"
+    folder.mkdir()
+    caller = subprocess.Popen([sys.executable, str(script), str(folder)], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while len(workers := {int(file.suffix[1:]) for file in folder.iterdir()}) < 2:
+        assert time.monotonic() < end and caller.poll() is None
+        time.sleep(0.1)
+    os.kill(caller.pid, signal.SIGKILL)
+    caller.wait()
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    # They did not go on with the cases that were waiting.
+    assert len(list(folder.iterdir())) < 6

@@ -511,7 +511,7 @@ def test_slurm_jobs_of_a_killed_caller_go_on_and_are_waited_for(slurm, tmp_path,
     other = replace(make_job("a", tmp_path, GATED, "a"), log=tmp_path / "other.log")
     with pytest.raises(ValueError, match=r"Slurm job \d+_0 is an earlier a, .*a.log. .* scancel \d+_0"):
         slurm().run([other, b])
-    with pytest.raises(ValueError, match=r"Slurm job \d+_0 is a of an earlier call, which this one cuts into other jobs"):
+    with pytest.raises(ValueError, match=r"Slurm job \d+_0 is a of an earlier call, which this one cuts"):
         slurm().run([make_job("a_part0", tmp_path, GATED, "a"), b])
 
     # Ctrl-C: they go on still, and it says how to end them.

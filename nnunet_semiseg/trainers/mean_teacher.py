@@ -31,7 +31,7 @@ class TeacherOptions(FrameOptions):
 
 @dataclass(frozen=True)
 class MeanTeacherOptions(TeacherOptions, RampOptions):
-    consistency_weight: float = option(10.0, "largest weight of the consistency term", low=0.0)
+    consistency_weight: float = option(1.0, "largest weight of the consistency term", low=0.0)
     preset: str = option("default", "paper: the baseline of the papers' tables", choices=("default", "paper"))
 
 

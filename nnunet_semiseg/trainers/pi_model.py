@@ -11,7 +11,7 @@ from nnunet_semiseg.trainers.options import option
 
 @dataclass(frozen=True)
 class PiModelOptions(RampOptions):
-    consistency_weight: float = option(10.0, "largest weight of the consistency term", low=0.0)
+    consistency_weight: float = option(1.0, "largest weight of the consistency term", low=0.0)
     noise: float = option(0.1, "SD of the noise on the second input, in normalized intensities", low=0.0)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import locale
 import sys
 import zipfile
 from itertools import combinations
@@ -283,6 +284,7 @@ def abdomen(seed):
 def write_series(array, folder, seed=0):
     """A DICOM series whose file names are in another order than the positions."""
     folder.mkdir(parents=True)
+    language = locale.setlocale(locale.LC_CTYPE)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     order = np.random.RandomState(seed).permutation(len(array))
@@ -297,6 +299,8 @@ def write_series(array, folder, seed=0):
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"1-{order[z] + 1:03d}.dcm"))
         writer.Execute(image)
+    # GDCM's writer sets it to "C", with which Python reads and writes ASCII.
+    locale.setlocale(locale.LC_CTYPE, language)
 
 
 def write_pancreas(folder, numbers):

@@ -88,7 +88,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
     * Eq. 4 is malformed; Eq. 5 is a sum, here a mean over the voxels of the mask.
     * The share of unreliable voxels is not stated; the code's percentile of 20 makes two thirds or more unreliable,
       and was probably meant to be 80, which is 20 percent. Where foreground is a few percent of the voxels, 20 percent
-      take nearly all of it from the reliable region (docs/results.md); the default is 2.
+      take nearly all of it from the reliable region (``reliable_foreground`` in the log); the default is 2.
     * The paper adjusts the confidence threshold during training without saying how; here it is constant.
     * Eq. 7's loss, and the labels of uncertain voxels, are not written out; see above.
     * lambda_u is 1 in the paper; with a ramp and 0.3, wrong labels of an untrained network do less harm.

@@ -85,8 +85,7 @@ class Failure:
     tail: str
 
     def __str__(self):
-        lines = self.tail.splitlines() or ["(nothing)"]
-        return "\n    ".join([f"{self.job.name} failed ({self.reason}). The end of {self.log}:", *lines])
+        return f"{self.job.name} failed ({self.reason}). {_shown(self.log, self.tail)}"
 
 
 # ------------------------------------------------------------------------------------------------- locks and processes
@@ -208,7 +207,11 @@ def _start(job: Job, prefix: Sequence[str] = (), **options) -> subprocess.Popen:
 
 def end_of(log: Path) -> str:
     """The end of a log, as it is shown with an error."""
-    return "\n    ".join([f"The end of {log}:", *(_tail(log).splitlines() or ["(nothing)"])])
+    return _shown(log, _tail(log))
+
+
+def _shown(log: Path, tail: str) -> str:
+    return "\n    ".join([f"The end of {log}:", *(tail.splitlines() or ["(nothing)"])])
 
 
 def _tail(log: Path) -> str:

@@ -474,12 +474,14 @@ class Rounds:
             labeled = read_json(self.scored(1) / "labeled_volumes.json")
             compared = [("the labeled cases", list(labeled.values()), DRIFT_FROM_LABELED)]
         else:
-            factors = {1: DRIFT_FROM_LABELED, number - 1: DRIFT_BETWEEN_ROUNDS}
+            # In round 2 the round before is round 1.
+            factors = {number - 1: DRIFT_BETWEEN_ROUNDS}
+            factors.setdefault(1, DRIFT_FROM_LABELED)
             compared = [(f"round {i}", _volumes(self._scores(i), scores), factor) for i, factor in factors.items()]
         found = []
         for name in self.classes.names:
             new = _mean(of[name] for of in volumes)
-            for what, before, factor in reversed(compared):
+            for what, before, factor in compared:
                 old = _mean(of[name] for of in before)
                 if new == 0 and old > 0:
                     found.append(f"no case has {name}")

@@ -236,25 +236,26 @@ def test_a_caller_that_is_ended_leaves_no_process(tmp_path, number, exit_code):
     wait_for(lambda: not any(map(is_alive, numbers)))
 
 
-def test_what_a_killed_caller_left_is_ended_before_its_job_starts_again(tmp_path):
-    caller = start_caller(LOCAL_CALLER, tmp_path)
-    wait_for((tmp_path / "numbers").exists)
-    numbers = json.loads((tmp_path / "numbers").read_text())
+def left_by_a_killed_caller(folder):
+    """The numbers of the processes of its job, which live."""
+    caller = start_caller(LOCAL_CALLER, folder)
+    wait_for((folder / "numbers").exists)
+    numbers = json.loads((folder / "numbers").read_text())
     caller.kill()
     caller.wait()
     assert all(map(is_alive, numbers))
+    return numbers
+
+
+def test_what_a_killed_caller_left_is_ended_before_its_job_starts_again(tmp_path):
+    numbers = left_by_a_killed_caller(tmp_path)
     job = make_job("job", tmp_path, TRAINING, "run")
     assert LocalExecutor(["cpu"]).run([job]) == []
     assert not any(map(is_alive, numbers)) and len(headers(job)) == 2
 
 
 def test_what_a_killed_caller_left_is_ended_before_the_same_work_starts_in_other_jobs(tmp_path):
-    caller = start_caller(LOCAL_CALLER, tmp_path)
-    wait_for((tmp_path / "numbers").exists)
-    numbers = json.loads((tmp_path / "numbers").read_text())
-    caller.kill()
-    caller.wait()
-    assert all(map(is_alive, numbers))
+    numbers = left_by_a_killed_caller(tmp_path)
     assert LocalExecutor(["cpu"]).run([make_job("job_part0", tmp_path, "pass")]) == []
     assert not any(map(is_alive, numbers))
 

@@ -534,14 +534,20 @@ def test_distance_losses_literally(shape, foreground):
     assert float(cross_task_error(masks, p, valid)) == pytest.approx(consistency / count, rel=1e-4)
 
 
-def test_dtml_consistency_weights_are_equations_5_and_6(started):
-    """Half of lambda for the mean over labeled, half for that over unlabeled patches: lambda for the mean over all."""
-    trainer = started(f"nnUNetTrainerDTML_warm_up=0_ramp_up=0_consistency_weight=0.8{SHORT}")
-    batch = next(trainer.dataloader_train)
+def all_terms(trainer, batch):
+    """The terms of a step on a labeled batch and the next unlabeled one."""
     trainer._unlabeled_keys = []
     terms = {}
     for group in trainer.losses(batch["data"], batch["target"]):
         terms |= group
+    return terms
+
+
+def test_dtml_consistency_weights_are_equations_5_and_6(started):
+    """Half of lambda for the mean over labeled, half for that over unlabeled patches: lambda for the mean over all."""
+    trainer = started(f"nnUNetTrainerDTML_warm_up=0_ramp_up=0_consistency_weight=0.8{SHORT}")
+    batch = next(trainer.dataloader_train)
+    terms = all_terms(trainer, batch)
     assert terms["consistency_labeled"].weight == terms["consistency"].weight == pytest.approx(0.4)
     trainer = started(f"nnUNetTrainerDTML_setting=labeled_warm_up=0_ramp_up=0_consistency_weight=0.8{SHORT}")
     (group,) = trainer.losses(batch["data"], batch["target"])
@@ -593,10 +599,7 @@ def test_dtml_refuses_a_distance_network_that_does_not_fit_the_plans(make_traine
 def test_dtc_terms(started):
     trainer = started(f"nnUNetTrainerDTC_warm_up=0_ramp_up=0_consistency_weight=0.8_distance_weight=0.3{SHORT}")
     batch = next(trainer.dataloader_train)
-    trainer._unlabeled_keys = []
-    terms = {}
-    for group in trainer.losses(batch["data"], batch["target"]):
-        terms |= group
+    terms = all_terms(trainer, batch)
     assert {name: term.weight for name, term in terms.items()} == pytest.approx(
         {"supervised": 1, "distance": 0.3, "consistency_labeled": 0.4, "consistency": 0.4}
     )

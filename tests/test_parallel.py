@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from test_executors import is_alive
 
 # A module of its own, so that spawned workers can import the function.
 WORK = """
@@ -20,11 +21,6 @@ def work(folder, case):
 if __name__ == "__main__":
     over_cases(work, {str(i): (sys.argv[1], i) for i in range(20)}, 2, "Working")
 """
-
-
-def is_alive(number: int) -> bool:
-    status = Path(f"/proc/{number}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_workers_end_with_a_caller_that_is_killed(tmp_path):

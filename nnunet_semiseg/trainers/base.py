@@ -162,7 +162,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def uses_unlabeled(self) -> bool:
         """Whether this step has an unsupervised loss; a function of ``self.progress``, the same on all ranks."""
-        return False
+        return self.needs_unlabeled() and self.ramp() > 0
 
     def losses(self, data: torch.Tensor, target) -> Iterator[dict[str, Term]]:
         """The terms of a step, in groups with a backward pass each; names are unique in a step.

@@ -155,7 +155,7 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
     def _dropout(self) -> float:
         return DROPOUT if self.options.uncertainty == "mcdropout" else 0.0
 
-    def wants_unlabeled(self):
+    def needs_unlabeled(self):
         return self._regions != (None, None)
 
     @property

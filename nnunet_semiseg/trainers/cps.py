@@ -71,13 +71,11 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
         """w(t)."""
         return self.options.pseudo_weight * self.ramp()
 
-    def wants_unlabeled(self):
+    def needs_unlabeled(self):
         return self.options.pseudo_weight > 0
 
     def losses(self, data, target):
-        outputs = self.labeled_outputs(self.student, data, target)
-        with self.autocast():
-            yield {"supervised": Term(self.loss(outputs, target))}
+        yield self.supervised_loss(data, target)
         with self.autocast():
             yield {"supervised_second": Term(self.loss(self.second(data), target))}
         if self.uses_unlabeled():

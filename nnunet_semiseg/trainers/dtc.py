@@ -53,9 +53,6 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
     def needs_unlabeled(self):
         return self.options.consistency_weight > 0
 
-    def uses_unlabeled(self):
-        return self.options.consistency_weight * self.ramp() > 0
-
     def both_tasks(self, data: torch.Tensor):
         """The network's outputs, and z (B, K, *)."""
         with self.autocast():

@@ -114,9 +114,6 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
     def needs_unlabeled(self):
         return self.options.setting == "full" and self.options.consistency_weight > 0
 
-    def uses_unlabeled(self):
-        return self.needs_unlabeled() and self.consistency_weight() > 0
-
     def distance_of(self, output: torch.Tensor) -> torch.Tensor:
         """z of M_d's output for foreground, -o."""
         scale = 1.0 if self.needs_distance() else self.options.steepness

@@ -91,7 +91,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
       take nearly all of it from the reliable region (``reliable_foreground`` in the log); the default is 2.
     * The paper adjusts the confidence threshold during training without saying how; here it is constant.
     * Eq. 7's loss, and the labels of uncertain voxels, are not written out; see above.
-    * lambda_u is 1 in the paper; with a ramp and 0.3, wrong labels of an untrained network do less harm.
+    * lambda_u is 1 in the paper; with a ramp and 0.5, wrong labels of an untrained network do less harm.
     * ``mistake_weight`` (0.5 in the code) is the one extra term that trained anything there: squared error to the
       labels where the two networks differ.
     """
@@ -115,12 +115,12 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         }
         return {"second": second, **memories}
 
-    def wants_unlabeled(self):
+    def needs_unlabeled(self):
         o = self.options
         return max(o.pseudo_weight, o.disagreement_weight, o.contrast_weight) > 0
 
     def losses(self, data, target):
-        outputs = [self.labeled_outputs(self.student, data, target)]
+        outputs = [self.labeled_outputs(data, target)]
         with self.autocast():
             outputs.append(self.second(data))
             supervised = [self.loss(output, target) for output in outputs]

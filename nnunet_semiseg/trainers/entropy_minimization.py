@@ -28,9 +28,6 @@ class nnUNetTrainerEntropyMinimization(SemiSupervisedTrainer):
     def needs_unlabeled(self):
         return self.options.entropy_weight > 0
 
-    def uses_unlabeled(self):
-        return self.options.entropy_weight * self.ramp() > 0
-
     def unsupervised_loss(self, unlabeled: Unlabeled):
         entropy = self.labels.entropy(self.logits(self.student, unlabeled.strong))
         return {"entropy": Term(entropy.mean() / self.labels.max_entropy, self.options.entropy_weight * self.ramp())}

@@ -72,9 +72,6 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     def needs_unlabeled(self):
         return self.largest_weight > 0
 
-    def uses_unlabeled(self):
-        return self.unsupervised_weight() > 0
-
     @torch.no_grad()
     def teacher_logits(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) of the teacher, on the weak view with noise."""

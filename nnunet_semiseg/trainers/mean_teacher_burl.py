@@ -56,14 +56,10 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTraine
     def largest_weight(self):
         return self.options.pseudo_weight
 
-    def wants_unlabeled(self):
-        return self.largest_weight > 0
-
     def supervised_loss(self, data, target):
-        outputs = self.labeled_outputs(self.student, data, target)
         if self.options.labeled_regions == NONE:
-            with self.autocast():
-                return {"supervised": Term(self.loss(outputs, target))}
+            return super().supervised_loss(data, target)
+        outputs = self.labeled_outputs(data, target)
         return {"supervised": Term(self.labeled_loss(outputs, *self.labels.without_ignored(full_resolution(target))))}
 
     def unsupervised_loss(self, unlabeled: Unlabeled):

@@ -31,9 +31,6 @@ class nnUNetTrainerPiModel(SemiSupervisedTrainer):
     def needs_unlabeled(self):
         return self.options.consistency_weight > 0
 
-    def uses_unlabeled(self):
-        return self.options.consistency_weight * self.ramp() > 0
-
     def unsupervised_loss(self, unlabeled: Unlabeled):
         with self.random_stream:
             noisy = clamped_noise(unlabeled.weak, self.options.noise)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nnunet_semiseg.losses.ramps import ramp_up_between
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.base import FrameOptions, SemiSupervisedTrainer
+from nnunet_semiseg.trainers.base import FrameOptions, SemiSupervisedTrainer, Term
 from nnunet_semiseg.trainers.options import option
 
 
@@ -31,7 +31,8 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
     Phase 2 starts when ``pretraining`` of the run is done and, in the labeled patches of an epoch, every class is found
     with ``min_recall``: pseudo labels of a network that does not find a class yet teach that there is none.
 
-    A method counts recall in its supervised loss and overrides ``start_phase_2``, ``wants_unlabeled``.
+    A method with a supervised loss of its own counts recall in it; one with more to do in between overrides
+    ``start_phase_2``.
     """
 
     options: PretrainingOptions
@@ -43,28 +44,26 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
         super().initialize()
         self._recall_counts = torch.zeros(2, self.labels.num_foreground, device=self.device)
 
-    def wants_unlabeled(self) -> bool:
-        """False for a setting of the method that has no phase 2."""
-        return True
-
     def start_phase_2(self) -> None:
         """Called once, before the first step of phase 2."""
 
-    def needs_unlabeled(self):
-        return self.wants_unlabeled()
-
     def uses_unlabeled(self):
         enough = self.global_step >= math.ceil(self.options.pretraining * self._total_steps)
-        return self.wants_unlabeled() and self.knows_classes and enough
+        return self.needs_unlabeled() and self.knows_classes and enough
 
     def ramp(self) -> float:
         """From exp(-5) at the start of phase 2 to 1: SGD with momentum 0.99 takes a jump in the loss badly."""
         return ramp_up_between(self.progress, self.phase_2_start, self.options.ramp_up)
 
-    def labeled_outputs(self, network, data: torch.Tensor, target):
-        """A network's outputs on the labeled batch; what it finds of each class counts for ``min_recall``."""
+    def supervised_loss(self, data, target):
+        outputs = self.labeled_outputs(data, target)
         with self.autocast():
-            outputs = network(data)
+            return {"supervised": Term(self.loss(outputs, target))}
+
+    def labeled_outputs(self, data: torch.Tensor, target):
+        """The student's outputs on the labeled batch; what it finds of each class counts for ``min_recall``."""
+        with self.autocast():
+            outputs = self.student(data)
         if not self.knows_classes:
             hard, valid = self.labels.without_ignored(full_resolution(target))
             self.count_hard_recall(outputs, hard, valid)
@@ -110,7 +109,7 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
 
     def on_train_end(self):
         super().on_train_end()
-        if self.phase_2_start is None and self.wants_unlabeled():
+        if self.phase_2_start is None and self.needs_unlabeled():
             self.print_to_log_file(
                 "WARNING: This run never got beyond pretraining on labeled data, because a class was not learned well "
                 "enough (see above). Train longer, or lower min_recall"

@@ -45,6 +45,8 @@ VANILLA, ALL = "vanilla", "all labels"
 # Equals nnU-Net's own trainer bit for bit, and takes the same schedule options as the others.
 VANILLA_TRAINER = "MeanTeacher_consistency_weight=0"
 PREFIX = "nnUNetTrainer"
+# Methods whose teacher, if there is one, makes no labels.
+LABELED_BY_STUDENT = (VANILLA, "CoraNet")
 RECORD, SNAPSHOTS, QUALITY = "benchmark.json", "snapshots", "pseudo_label_quality.csv"
 # Checkpoints of a run whose pseudo labels are scored.
 NUM_SNAPSHOTS = 10
@@ -251,6 +253,11 @@ class Run:
     def started(self) -> bool:
         return any(self.fold.glob("checkpoint_*.pth"))
 
+    def reached(self) -> dict[str, int]:
+        """What a call that continues can stand on: files and when they were written."""
+        files = [*self.fold.glob("checkpoint_*.pth"), *self.fold.glob("validation/summary.json"), self.fold / QUALITY]
+        return {file.name: file.stat().st_mtime_ns for file in files if file.is_file()}
+
     @property
     def done(self) -> bool:
         return self.summary is not None and "training_minutes" in self.record
@@ -421,7 +428,7 @@ class Benchmark:
         for i, run in enumerate(waiting):
             print(f"[{finished + i + 1}/{len(self.runs)}] {run}: ", end="", flush=True)
             try:
-                error = self.execute(run, deadline)
+                error = self.execute(run, deadline, whole_call=i == 0)
             except OutOfTime:
                 print("stopped, the time is up. The same command continues")
                 return 3
@@ -446,8 +453,12 @@ class Benchmark:
                     taken[key].append(run.record["wall_minutes"])
         return float(sum(np.mean(taken.get(run.method, taken[None])) for run in waiting))
 
-    def execute(self, run: Run, deadline: float) -> str | None:
+    def execute(self, run: Run, deadline: float, whole_call: bool) -> str | None:
         """Train and score; what went wrong, or None.
+
+        Args:
+            whole_call: Whether this call has done nothing else before. If the run then gets nowhere, no other call
+                will do better.
 
         Raises:
             OutOfTime: at the deadline, after the training has been stopped.
@@ -455,6 +466,7 @@ class Benchmark:
         begin = time.monotonic()
         if begin > deadline:
             raise OutOfTime
+        reached = run.reached()
         before = update_record(run.fold, split=self.folds[run.budget], device=self.device)
         log = run.fold / "run.log"
         try:
@@ -475,6 +487,13 @@ class Benchmark:
             return _failure(log, child.exit_code) if child.exit_code else None
         except checkpoints.CheckpointError as error:
             return str(error)
+        except OutOfTime:
+            if whole_call and run.reached() == reached:
+                return (
+                    "nothing was saved in all the time of this call, and the next would be no better. Give more "
+                    "--minutes (the final validation cannot be continued), or make epochs shorter"
+                )
+            raise
         finally:
             update_record(run.fold, wall_minutes=before.get("wall_minutes", 0.0) + (time.monotonic() - begin) / 60)
 
@@ -936,8 +955,7 @@ def draw_quality(axes, runs: list[Run], look: dict) -> None:
             found[network][epoch].append(dice)
     if not found:
         return
-    # Vanilla's teacher labels nothing.
-    order = ("student",) if runs[0].method == VANILLA else ("teacher", "second", "student")
+    order = ("student",) if runs[0].method.split("_")[0] in LABELED_BY_STUDENT else ("teacher", "second", "student")
     labeling = next(network for network in order if network in found)
     for network in dict.fromkeys((labeling, "student")):
         # Epochs that all seeds have.

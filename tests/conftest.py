@@ -125,7 +125,6 @@ FROM_START = {
     "nnUNetTrainerCPS": TWO_PHASES,
     "nnUNetTrainerDualStream": TWO_PHASES,
     "nnUNetTrainerUAMT": "_warm_up=0_passes=2",
-    "nnUNetTrainerDTML": "_warm_up=0_supervision=both",
 }
 
 

@@ -59,6 +59,9 @@ def test_phases_and_the_teachers_start(started):
 
 def test_pretraining_goes_on_until_every_class_is_known(started):
     trainer = started(f"{NAME}_pretraining=0_min_recall=0.5_num_iterations_per_epoch=2_3epochs_seed=1")
+    # An epoch without a class says nothing of it; before the first one with it, it is not known.
+    trainer.on_train_epoch_end([{"loss": np.zeros(())}])
+    assert not trainer.knows_classes
     for knows_core, expected in ((False, False), (True, True)):
         trainer.on_train_epoch_start()
         train_steps(trainer, 2)
@@ -67,7 +70,8 @@ def test_pretraining_goes_on_until_every_class_is_known(started):
         assert (present > 0).all() and (found <= present).all()
         trainer._recall_counts[0] = present * torch.tensor([0.9, 0.6 if knows_core else 0.4])
         trainer.on_train_epoch_end([{"loss": np.zeros(())}])
-        assert trainer.method_state() == {"phase_2_start": None, "knows_classes": expected}
+        recall = {"ball": pytest.approx(0.9), "core": pytest.approx(0.6 if knows_core else 0.4)}
+        assert trainer.method_state() == {"phase_2_start": None, "knows_classes": expected, "recall": recall}
         trainer.current_epoch += 1
     trainer.on_train_epoch_start()
     assert trainer.uses_unlabeled()

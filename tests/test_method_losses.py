@@ -108,18 +108,23 @@ def test_percentile_of_ties_constants_and_nothing():
 def nnunet_loss(labels, batch_dice, ignore):
     dice = dict(batch_dice=batch_dice, smooth=1e-5, do_bg=labels.has_regions, ddp=False)
     if labels.has_regions:
-        return DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss)
+        ignores = ignore is not None
+        return DC_and_BCE_loss({}, dice, use_ignore_label=ignores, dice_class=MemoryEfficientSoftDiceLoss)
     return DC_and_CE_loss(dice, {}, ignore_label=ignore, dice_class=MemoryEfficientSoftDiceLoss)
 
 
 @pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("ignore", [3, None])
 @pytest.mark.parametrize("regions", [True, False])
-def test_equal_weights_are_nnunets_loss(batch_dice, regions):
-    labels = adapter(3, regions=regions, ignore=None if regions else 3)
+def test_equal_weights_are_nnunets_loss(batch_dice, regions, ignore):
+    labels = adapter(3, regions=regions, ignore=ignore)
     logits = torch.randn(2, 3, 8, 8)
-    target = torch.rand(2, 3, 8, 8) < 0.4 if regions else torch.randint(0, 4, (2, 1, 8, 8))
+    if regions:
+        target = torch.rand(2, 3 if ignore is None else 4, 8, 8) < 0.4
+    else:
+        target = torch.randint(0, 3 if ignore is None else 4, (2, 1, 8, 8))
     hard, valid = labels.without_ignored(target)
-    expected = nnunet_loss(labels, batch_dice, 3)(logits, target)
+    expected = nnunet_loss(labels, batch_dice, ignore)(logits, target)
     loss = WeightedSegmentationLoss(labels, batch_dice)
     torch.testing.assert_close(loss(logits, hard, valid), expected)
     torch.testing.assert_close(loss(logits, hard, 0.3 * valid), expected, atol=1e-4, rtol=1e-4)
@@ -422,7 +427,8 @@ def test_copy_paste_literally(started, monkeypatch, kind):
 def test_one_loss_weights_every_voxel_by_its_origin_and_region(started, monkeypatch, method):
     """1 and pseudo_weight in the mean; with regions the part that is not favored, by percentiles in each origin, has
     half the weight of the other."""
-    trainer = started(short(f"nnUNetTrainer{method}") + "_pseudo_weight=0.4", "ignore")
+    regions = "_percentile_unlabeled=80" if method == "BCPBURL" else ""
+    trainer = started(short(f"nnUNetTrainer{method}") + "_pseudo_weight=0.4" + regions, "ignore")
     batch = next(trainer.dataloader_train)
     trainer.global_step = trainer._total_steps
     trainer.before_step()
@@ -457,7 +463,7 @@ def test_one_loss_weights_every_voxel_by_its_origin_and_region(started, monkeypa
                 student, teacher = entropy(outputs[0], i), entropy(labeling, partner)
                 uncertain = student > np.percentile(student[valid], 95)
                 expected[valid & ~uncertain] *= 0.5
-                expected[~real & (teacher > np.percentile(teacher[~real], 99))] *= 0.5
+                expected[~real & (teacher > np.percentile(teacher[~real], 80))] *= 0.5
             expected_weights.append((real, valid, expected))
         labeled = np.concatenate([e[valid] for _, valid, e in expected_weights]).mean()
         pseudo = np.concatenate([e[~real] for real, _, e in expected_weights]).mean()
@@ -520,16 +526,19 @@ def test_distance_losses_literally(shape, foreground):
     z, sdf, p = (torch.rand(2, foreground, *shape) * 2 - 1 for _ in range(3))
     z, p = z * 0.01, p.abs()
     valid = torch.rand(2, 1, *shape) < 0.8
-    errors = consistency = count = 0.0
+    sdf[torch.rand(2, foreground, *shape) < 0.2] = torch.nan
+    errors = consistency = count = known = 0.0
     for b in range(2):
         for v in voxels(shape):
             if not valid[b, 0][v]:
                 continue
             for zv, sv, pv in zip(at(z, b, v), at(sdf, b, v), at(p, b, v)):
-                errors += (zv - sv) ** 2
+                if not math.isnan(sv):
+                    errors += (zv - sv) ** 2
+                    known += 1
                 consistency += (pv - 1 / (1 + math.exp(1500 * zv))) ** 2
                 count += 1
-    assert float(distance_error(z, sdf, valid)) == pytest.approx(errors / count, rel=1e-4)
+    assert float(distance_error(z, sdf, valid)) == pytest.approx(errors / known, rel=1e-4)
     masks = mask_of_distance(z, 1500)
     assert float(cross_task_error(masks, p, valid)) == pytest.approx(consistency / count, rel=1e-4)
 
@@ -732,6 +741,31 @@ def test_second_plans_go_there_and_back():
 # --------------------------------------------------------------------------------------------- prototypes
 
 
+def literal_prototypes(features, labels, reliable):
+    """Eq. 7's vectors of length 1 by sample and voxel, and its prototype of each class."""
+    unit = {}
+    for b in range(2):
+        for v in voxels(features.shape[2:]):
+            vector = at(features, b, v)
+            length = math.sqrt(sum(x * x for x in vector))
+            unit[b, v] = [x / length for x in vector]
+    prototypes = {}
+    for k in sorted(set(labels[reliable].tolist())):
+        members = [unit[b, v] for b, v in unit if bool(reliable[b][v]) and int(labels[b][v]) == k]
+        prototypes[k] = [sum(values) / len(members) for values in zip(*members)]
+    return unit, prototypes
+
+
+def literal_contrast(unit, prototypes, labels, reliable):
+    losses = []
+    for b, v in unit:
+        if not reliable[b][v]:
+            distances = [math.dist(unit[b, v], prototypes[k]) for k in sorted(prototypes)]
+            p = softmax([-d for d in distances])
+            losses.append(-math.log(p[sorted(prototypes).index(int(labels[b][v]))]))
+    return sum(losses) / len(losses)
+
+
 @BOTH_SHAPES
 def test_prototypes_literally(shape):
     features = torch.randn(2, 5, *shape)
@@ -740,28 +774,33 @@ def test_prototypes_literally(shape):
     chosen = sample_voxels(labels, reliable, 4, 10**6)
     assert sorted(chosen.tolist()) == reliable.flatten().nonzero()[:, 0].tolist()
     means, present = class_means(gather_features(features, chosen), labels.flatten()[chosen], 4)
-    unit = {}
-    for b in range(2):
-        for v in voxels(shape):
-            vector = at(features, b, v)
-            length = math.sqrt(sum(x * x for x in vector))
-            unit[b, v] = [x / length for x in vector]
-    prototypes = {}
+    unit, prototypes = literal_prototypes(features, labels, reliable)
     for k in range(3):
-        members = [unit[b, v] for b, v in unit if bool(reliable[b][v]) and int(labels[b][v]) == k]
-        prototypes[k] = [sum(values) / len(members) for values in zip(*members)]
         torch.testing.assert_close(means[k], torch.tensor(prototypes[k]))
     assert present.tolist() == [True, True, True, False]
 
     uncertain = sample_voxels(labels, ~reliable, 4, 10**6)
     value = prototype_contrast(gather_features(features, uncertain), labels.flatten()[uncertain], means, present)
+    assert float(value) == pytest.approx(literal_contrast(unit, prototypes, labels, reliable), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_contrast_of_labels_and_of_each_region(started, kind):
+    """Prototypes of the winner's labels, vectors drawn to the network's own; regions are problems of two classes."""
+    trainer = started(f"nnUNetTrainerDualStream{SHORT}", kind)
+    width = trainer.companions["prototypes_second"].means.shape[-1]
+    features, shape = torch.randn(2, width, 6, 5), (2, 1, 6, 5)
+    reliable = torch.rand(shape) < 0.6
+    if kind == "labels":
+        pseudo, own = torch.randint(0, 3, shape), torch.randint(0, 3, shape)
+    else:
+        pseudo, own = torch.rand(2, 2, 6, 5) < 0.5, torch.rand(2, 2, 6, 5) < 0.5
     losses = []
-    for b, v in unit:
-        if not reliable[b][v]:
-            distances = {k: math.dist(unit[b, v], prototypes[k]) for k in prototypes}
-            p = softmax([-d for d in distances.values()])
-            losses.append(-math.log(p[int(labels[b][v])]))
-    assert float(value) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    for taught, guessed in zip(pseudo.long().unbind(1), own.long().unbind(1)):
+        unit, prototypes = literal_prototypes(features, taught, reliable[:, 0])
+        losses.append(literal_contrast(unit, prototypes, guessed, reliable[:, 0]))
+    value = trainer.contrast("second", features, pseudo, reliable, own)
+    assert float(value) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_samples_are_limited_per_class():
@@ -811,6 +850,10 @@ def test_prototype_memory_is_a_moving_average_that_knows_absent_classes():
     (gradient,) = torch.autograd.grad(prototypes.sum(), second)
     torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0], [0.1, 0.1], [1.0, 1.0]]))
     assert not memory.means.requires_grad
+    # A step that overflows is not remembered.
+    before = memory.means.clone()
+    memory(0, torch.full((3, 2), torch.nan), torch.tensor([True, True, True]))
+    assert torch.equal(memory.means, before)
     plain, known = PrototypeMemory(1, 3, 2, momentum=0.0)(0, first, torch.tensor([True, True, False]))
     assert plain is first and known.tolist() == [True, True, False]
 
@@ -893,7 +936,19 @@ def test_the_winner_labels_both_networks_in_its_reliable_region(started, monkeyp
 @pytest.mark.parametrize("kind", ["labels", "regions_ignore"])
 @pytest.mark.parametrize(
     "method",
-    ["UAMT", "EntropyMinimization", "PiModel", "MeanTeacherBURL", "BCP", "BCPBURL", "CPS", "DTML", "DTC", "DualStream"],
+    [
+        "MeanTeacher",
+        "UAMT",
+        "EntropyMinimization",
+        "PiModel",
+        "MeanTeacherBURL",
+        "BCP",
+        "BCPBURL",
+        "CPS",
+        "DTML",
+        "DTC",
+        "DualStream",
+    ],
 )
 def test_degenerate_batches_stay_finite(started, monkeypatch, method, kind, image):
     """No foreground in labels, all ignored (where there is an ignore label), constant images."""
@@ -916,6 +971,14 @@ def test_degenerate_batches_stay_finite(started, monkeypatch, method, kind, imag
                     t[:, -1] = True
         trainer.train_step({**batch, "data": torch.zeros_like(batch["data"]), "target": targets})
     assert trainer._non_finite_total == 0
+
+
+def test_uamt_without_a_certain_voxel(started, monkeypatch):
+    trainer = started(short("nnUNetTrainerUAMT"))
+    original = trainer.certain
+    monkeypatch.setattr(trainer, "certain", lambda teacher: torch.zeros_like(original(teacher)))
+    train_steps(trainer, 1)
+    assert trainer._non_finite_total == 0 and trainer._epoch_sums["consistency"] == [0.0]
 
 
 @pytest.mark.parametrize("method", ["BCP", "BCPBURL"])

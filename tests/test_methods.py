@@ -56,7 +56,7 @@ TERMS = {
         "contrast_second": SECOND,
     },
 }
-MORE = {"DualStream": "_mistake_weight=0.5_confidence=0.3"}
+MORE = {"DualStream": "_mistake_weight=0.5_confidence=0.3", "DTML": "_supervision=both"}
 
 
 def test_every_method_is_in_the_table():
@@ -116,6 +116,33 @@ def test_presets_are_settings_that_a_name_could_have(name):
         assert {key: getattr(built, key) for key in values} == values
 
 
+PRESETS = [(name, preset) for name in TRAINERS for preset in getattr(find_trainer(name).Options, "PRESETS", {})]
+
+
+@pytest.mark.parametrize("name, preset", PRESETS)
+def test_presets_train(started, name, preset):
+    trainer = started(f"{name}_preset={preset}{SHORT}")
+    train_steps(trainer, trainer._total_steps)
+    unlabeled = {"consistency", "certain", "mixed_in", "pseudo_in", "cross_first", "pseudo_first"}
+    assert trainer._non_finite_total == 0
+    assert bool(unlabeled & set(trainer._epoch_sums)) == trainer.needs_unlabeled()
+
+
+@pytest.mark.parametrize(
+    "method, terms",
+    [
+        ("BCP_origin_normalized=true", {"supervised_out", "pseudo_out", "supervised_in", "pseudo_in"}),
+        ("BCPBURL_region_normalized=true", {"supervised_out", "pseudo_out", "supervised_in", "pseudo_in"}),
+        ("MeanTeacherBURL_region_normalized=true", {"supervised", "pseudo"}),
+    ],
+)
+def test_losses_of_regions_and_origins_train(started, method, terms):
+    name, option = method.split("_", 1)
+    trainer = started(f"{short('nnUNetTrainer' + name)}_{option}", "regions_ignore")
+    train_steps(trainer, 2)
+    assert trainer._non_finite_total == 0 and terms <= set(trainer._epoch_sums)
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -170,11 +197,14 @@ def predict(folder: Path, image: np.ndarray) -> np.ndarray:
     return predictor.predict_single_npy_array(image[None], {"spacing": [1.0, 1.0, 1.0]}, None, None, True)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.parametrize(
-    "kind, configuration",
-    [("labels", "2d"), ("labels", "3d_fullres"), ("regions", "2d"), ("regions", "3d_fullres")],
-)
+EVERYWHERE = [("labels", "2d"), ("labels", "3d_fullres"), ("regions", "2d"), ("regions", "3d_fullres")]
+# Settings with another head or another network that predicts.
+VARIANTS = ["nnUNetTrainerDTML_supervision=both", "nnUNetTrainerDTML_setting=distance_supervision=distance"]
+WALKS = [(name, *where) for name in TRAINERS for where in EVERYWHERE]
+WALKS += [(name, "labels", "2d") for name in VARIANTS]
+
+
+@pytest.mark.parametrize("name, kind, configuration", WALKS)
 def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind, configuration):
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
@@ -193,7 +223,10 @@ def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind,
     assert np.array_equal(predict(exported, image)[1], probabilities)
 
     second = dataset / f"{trainer}_second__nnUNetPlans_cpu__{configuration}"
-    if issubclass(find_trainer(name), TwoNetworkTrainer):
+    if "setting=distance" in name:
+        # The network of the plans was not trained.
+        assert not second.exists()
+    elif issubclass(find_trainer(name), TwoNetworkTrainer):
         assert np.isfinite(predict(second, image)[1]).all()
         assert not np.array_equal(predict(second, image)[1], probabilities)
         shutil.rmtree(second)

@@ -241,12 +241,32 @@ def test_bad_input(monkeypatch):
             signed_distance(masks, spacing, max_distance)
         if "spatial axes" not in message:
             with pytest.raises(ValueError, match=message):
-                SignedDistanceTransform(2, False, spacing, max_distance)
+                SignedDistanceTransform(2, False, None, spacing, max_distance)
     with pytest.raises(ValueError, match="'scikit' is neither"):
         signed_distance(masks, (1, 1, 1), 3.0, backend="scikit")
     monkeypatch.setattr(module, "edt", None)
     with pytest.raises(ValueError, match="is not installed"):
         signed_distance(masks, (1, 1, 1), 3.0, backend="edt")
+
+
+def check_known(distance, masks, ignored, spacing, max_distance):
+    """A distance is known where it is the same with none and with all of the ignored voxels in the class.
+
+    Those two are its bounds: the more voxels a class has, the nearer it is from outside, and the farther from inside is
+    what is not in it. Where both are equal because an ignored voxel is exactly as near as the boundary, NaN will do.
+    """
+    least = literal(masks & ~ignored, spacing, max_distance)
+    most = literal(masks | ignored, spacing, max_distance)
+    known = np.isfinite(distance)
+    assert not known[:, ignored].any()
+    np.testing.assert_allclose(distance[known], least[known], atol=1e-6)
+    np.testing.assert_allclose(distance[known], most[known], atol=1e-6)
+    if ignored.any():
+        nearest = distance_transform_edt(~ignored, sampling=spacing)
+        boundary = np.abs(least) * max_distance + min(spacing) / 2
+        assert (np.isclose(least, most, atol=1e-6) & ~known <= (np.abs(nearest - boundary) < 1e-4)).all()
+    else:
+        assert known.all()
 
 
 class TestTransform:
@@ -255,39 +275,51 @@ class TestTransform:
     labels = torch.from_numpy(np.random.RandomState(0).choice([0, 0, 1, 2, 3, 4], (1, 6, 9, 8))).to(torch.int16)
 
     def test_labels(self):
-        """Three classes; label 4 is ignored and in none of them."""
-        transform = SignedDistanceTransform(3, False, (2.0, 1.0, 1.0), 4.0)
+        """Three classes; label 4 is ignored."""
+        transform = SignedDistanceTransform(3, False, 4, (2.0, 1.0, 1.0), 4.0)
         image = torch.rand(1, 6, 9, 8)
         sample = transform(image=image, segmentation=self.labels)
         target, distance = sample["segmentation"]
         assert sample["image"] is image and target is self.labels
         assert distance.dtype == torch.float32 and distance.shape == (3, 6, 9, 8)
         masks = np.array([self.labels[0].numpy() == c for c in (1, 2, 3)])
-        np.testing.assert_allclose(distance, literal(masks, (2.0, 1.0, 1.0), 4.0), atol=1e-6)
-        assert (distance[:, self.labels[0] == 4] > 0).all()
+        check_known(distance.numpy(), masks, self.labels[0].numpy() == 4, (2.0, 1.0, 1.0), 4.0)
+
+    def test_partly_annotated(self):
+        """Slices without annotation beside annotated ones, an object in both."""
+        labels = torch.zeros((1, 10, 20, 16), dtype=torch.int16)
+        labels[:, 2:8, 5:15, 4:12] = 1
+        labels[:, 6:] = 2
+        transform = SignedDistanceTransform(1, False, 2, (1.0, 1.0, 1.0), 4.0)
+        _, distance = transform(segmentation=labels)["segmentation"]
+        check_known(distance.numpy(), labels.numpy() == 1, labels[0].numpy() == 2, (1.0, 1.0, 1.0), 4.0)
+        known = distance[0, :6].isfinite()
+        # In the last annotated slices a voxel is known where the object's edge is nearer than the first one without.
+        assert known.float().mean() > 0.5 and not known[4:, 7:13, 6:10].any() and known[4, 5, 6]
 
     @pytest.mark.parametrize("ignore", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
     def test_regions(self, ignore, dtype):
         regions = torch.stack([self.labels[0] >= 1, self.labels[0] == 2] + ignore * [self.labels[0] == 4]).to(dtype)
-        transform = SignedDistanceTransform(2, True, (2.0, 1.0, 1.0), 4.0)
+        transform = SignedDistanceTransform(2, True, None, (2.0, 1.0, 1.0), 4.0)
         target, distance = transform(segmentation=regions)["segmentation"]
         assert target is regions
-        np.testing.assert_allclose(distance, literal(regions[:2].numpy() > 0, (2.0, 1.0, 1.0), 4.0), atol=1e-6)
+        ignored = (self.labels[0] == 4).numpy() & ignore
+        check_known(distance.numpy(), regions[:2].numpy() > 0, ignored, (2.0, 1.0, 1.0), 4.0)
 
     def test_deep_supervision(self):
         scales = [self.labels, self.labels[:, :, ::2, ::2], self.labels[:, ::2, ::4, ::4]]
         given = list(scales)
-        result = SignedDistanceTransform(3, False, (1.0, 1.0, 1.0), 4.0)(segmentation=given)["segmentation"]
+        result = SignedDistanceTransform(3, False, None, (1.0, 1.0, 1.0), 4.0)(segmentation=given)["segmentation"]
         assert len(given) == 3 and len(result) == 4
         assert all(a is b for a, b in zip(result, scales))
         assert result[-1].shape == (3, 6, 9, 8)
 
     def test_a_target_that_fits_no_number_of_classes(self):
         with pytest.raises(ValueError, match="one channel, not 3"):
-            SignedDistanceTransform(3, False, (1.0, 1.0), 4.0)(segmentation=torch.zeros(3, 5, 5))
+            SignedDistanceTransform(3, False, None, (1.0, 1.0), 4.0)(segmentation=torch.zeros(3, 5, 5))
         with pytest.raises(ValueError, match="has 3 or, with ignore, 4 channels, not 2"):
-            SignedDistanceTransform(3, True, (1.0, 1.0), 4.0)(segmentation=torch.zeros(2, 5, 5))
+            SignedDistanceTransform(3, True, None, (1.0, 1.0), 4.0)(segmentation=torch.zeros(2, 5, 5))
 
 
 SPACING = (3.0, 1.0, 1.5)
@@ -326,18 +358,26 @@ def make_loader(kind, ndim, deep_supervision, max_distance):
     )
     if max_distance is not None:
         num_foreground = labels.num_segmentation_heads - (not labels.has_regions)
-        distance = SignedDistanceTransform(num_foreground, labels.has_regions, SPACING[-ndim:], max_distance)
+        distance = SignedDistanceTransform(
+            num_foreground, labels.has_regions, labels.ignore_label, SPACING[-ndim:], max_distance
+        )
         transforms = ComposeTransforms([*transforms.transforms, distance])
     dataset = MemoryDataset(labels, labels.has_ignore_label)
     fix_transform_arithmetic(transforms)
     return nnUNetDataLoader(dataset, 2, patch_size, patch_size, labels, 1.0, transforms=transforms)
 
 
-def foreground_of(target, kind):
-    """(B, K, *) bool from the full-resolution target of a dataset of two classes or regions."""
+def check_batch(distance, target, kind, spacing, max_distance):
+    """A batch's distances against its full-resolution target, of a dataset of two classes or regions."""
+    target = target.numpy()
     if kind.startswith("regions"):
-        return target[:, :2].numpy().astype(bool)
-    return np.concatenate([target.numpy() == 1, target.numpy() == 2], axis=1)
+        masks, ignored = target[:, :2].astype(bool), target[:, 2:].any(1)
+    else:
+        masks, ignored = np.concatenate([target == 1, target == 2], axis=1), target[:, 0] == 3
+    assert masks.any() and (kind.endswith("ignore") or not ignored.any())
+    assert distance.dtype == torch.float32 and distance.shape == masks.shape
+    for d, m, i in zip(distance.numpy(), masks, ignored):
+        check_known(d, m, i, spacing, max_distance)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -360,11 +400,7 @@ def test_through_nnunets_loader(kind, deep_supervision, ndim):
     *targets, distance = ours["target"]
     assert len(targets) == len(expected) == 1 + deep_supervision
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, targets))
-    masks = foreground_of(targets[0], kind)
-    assert masks.any()
-    assert distance.dtype == torch.float32 and distance.shape == masks.shape
-    for m, d in zip(masks, distance):
-        np.testing.assert_allclose(d, literal(m, SPACING[-ndim:], 5.0), atol=1e-6)
+    check_batch(distance, targets[0], kind, SPACING[-ndim:], 5.0)
 
 
 def test_through_background_processes():
@@ -375,5 +411,4 @@ def test_through_background_processes():
     finally:
         augmenter._finish()
     assert half.shape != full.shape and half.dtype == full.dtype
-    for m, d in zip(foreground_of(full, "ignore"), distance):
-        np.testing.assert_allclose(d, literal(m, SPACING, 5.0), atol=1e-6)
+    check_batch(distance, full, "ignore", SPACING, 5.0)

@@ -139,41 +139,59 @@ class SignedDistanceTransform(SegOnlyTransform):
     types, so a batch has it as ``target[-1]``, (B, K, *). It has to be taken off the list before nnU-Net's loss.
 
     The target is (1, *) of labels, of which 1 to K are classes, or (R [+ 1 ignore], *) of regions, of which the
-    first K = R are. Ignored voxels count as outside of every class; it is the loss that masks them. What lies outside
-    of the image counts as background, as it does in nnU-Net's own target.
+    first K = R are. What lies outside of the image counts as background, as it does in nnU-Net's own target. Where the
+    nearest ignored voxel is as near as the boundary or nearer, the boundary may lie there: the distance is NaN, which
+    ``distance_error`` leaves out.
 
     Distances are measured after augmentation, in a patch whose voxels are taken to have ``spacing``.
 
     Args:
         num_foreground: K.
         has_regions: Whether the target holds regions.
+        ignore_label: The label that means "not annotated" in a target of labels. (Regions have a channel for it.)
         spacing, max_distance: As for ``signed_distance``.
 
     Raises:
         ValueError: As ``signed_distance`` does, and on a target with a number of channels that fits no K classes.
     """
 
-    def __init__(self, num_foreground: int, has_regions: bool, spacing: Sequence[float], max_distance: float):
+    def __init__(
+        self,
+        num_foreground: int,
+        has_regions: bool,
+        ignore_label: int | None,
+        spacing: Sequence[float],
+        max_distance: float,
+    ):
         super().__init__()
         self.num_foreground = num_foreground
         self.has_regions = has_regions
+        self.ignore_label = ignore_label
         # Checked here, too, so that a mistake is not first noticed in a background process.
         self.spacing = _check_scale(spacing, max_distance)
         self.max_distance = max_distance
 
     def _apply_to_segmentation(self, segmentation: torch.Tensor | list[torch.Tensor], **params) -> list[torch.Tensor]:
         targets = list(segmentation) if isinstance(segmentation, (list, tuple)) else [segmentation]
-        distance = signed_distance(self._masks(targets[0]), self.spacing, self.max_distance)
+        masks, ignored = self._masks(targets[0])
+        distance = signed_distance(masks, self.spacing, self.max_distance)
+        if ignored is not None and ignored.any():
+            unknown_from = distance_transform_edt(~ignored, sampling=self.spacing)
+            measured = np.abs(distance) * self.max_distance + min(self.spacing) / 2
+            # Both are distances between centers of voxels; what is equal but for rounding is not known either.
+            distance[unknown_from <= measured * (1 + 1e-5)] = np.nan
         return [*targets, torch.from_numpy(distance)]
 
-    def _masks(self, target: torch.Tensor) -> np.ndarray:
-        """The full-resolution target to (K, *) bool."""
+    def _masks(self, target: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """The full-resolution target to (K, *) bool, and (*) bool of ignored voxels or None."""
         channels, k = len(target), self.num_foreground
         if self.has_regions:
             if channels not in (k, k + 1):
                 raise ValueError(f"A target of {k} regions has {k} or, with ignore, {k + 1} channels, not {channels}.")
-            return target[:k].numpy().astype(bool)
+            ignored = target[k].numpy().astype(bool) if channels > k else None
+            return target[:k].numpy().astype(bool), ignored
         if channels != 1:
             raise ValueError(f"A target of labels has one channel, not {channels}.")
         classes = np.arange(1, k + 1).reshape(-1, *[1] * (target.ndim - 1))
-        return target.numpy() == classes
+        ignored = None if self.ignore_label is None else target[0].numpy() == self.ignore_label
+        return target.numpy() == classes, ignored

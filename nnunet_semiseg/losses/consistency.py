@@ -30,7 +30,7 @@ def masked_squared_distance(student: torch.Tensor, teacher: torch.Tensor, mask: 
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of (B, 1, *) values over the voxels of a (B, 1, *) bool mask; 0 with a graph for an empty mask."""
+    """Mean of values where a bool mask of the same shape is True; 0 with a graph for an empty mask."""
     weight = mask.float()
     return (values * weight).sum() / weight.sum().clamp(min=1.0)
 

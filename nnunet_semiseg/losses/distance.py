@@ -21,10 +21,12 @@ def distance_error(distance: torch.Tensor, target: torch.Tensor, valid: torch.Te
     """Mean squared error of predicted distances over voxels and classes (L_dis of DTML, Table 1).
 
     Args:
-        distance, target: (B, K, *).
+        distance: (B, K, *), z in [-1, 1].
+        target: The same of the labels; NaN where it is not known.
         valid: (B, 1, *) bool, the voxels that count.
     """
-    return masked_mean((distance.float() - target).square().mean(1, keepdim=True), valid)
+    known = valid & target.isfinite()
+    return masked_mean((distance.float() - target.nan_to_num()).square(), known)
 
 
 def cross_task_error(masks: torch.Tensor, probabilities: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

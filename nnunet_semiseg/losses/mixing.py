@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def random_cuboid(shape, fraction: float, device=None) -> torch.Tensor:
+def random_cuboid(shape, fraction: float) -> torch.Tensor:
     """A mask that is True inside of a cuboid (2D: a rectangle) at a random place.
 
     Args:
@@ -15,7 +15,7 @@ def random_cuboid(shape, fraction: float, device=None) -> torch.Tensor:
     Returns:
         (1, 1, *shape) bool; it covers about fraction^d of the patch.
     """
-    mask = torch.zeros((1, 1, *shape), dtype=torch.bool, device=device)
+    mask = torch.zeros((1, 1, *shape), dtype=torch.bool)
     box = [slice(None), slice(None)]
     for side in shape:
         length = max(1, int(fraction * side))

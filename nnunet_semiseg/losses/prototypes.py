@@ -112,8 +112,9 @@ class PrototypeMemory(nn.Module):
             new = torch.where(known[:, None], self.momentum * old + (1 - self.momentum) * new, new)
             return torch.where(present[:, None], new, old)
 
-        # Remembered is what all ranks saw.
-        seen, seen_present = _mean_over_ranks(batch.detach(), present)
+        # Remembered is what all ranks saw, and only numbers: one step that overflows must not spoil all that follow.
+        finite = present & batch.detach().isfinite().all(1)
+        seen, seen_present = _mean_over_ranks(batch.detach(), finite)
         self.means[problem] = mixed(seen, seen_present)
         self.known[problem] |= seen_present
         return mixed(batch, present), known | present

@@ -15,7 +15,8 @@ from nnunet_semiseg.labels import LabelAdapter
 class WeightedSegmentationLoss:
     """Cross-entropy plus soft Dice, each voxel with its weight.
 
-    * Cross-entropy: sum(w ce) / sum(w); for regions, the binary one, averaged over regions.
+    * Cross-entropy: sum(w ce) / sum(w); for regions, the binary one, averaged over regions, or summed if there is an
+      ignore label, as nnU-Net does it.
     * Dice: every sum over voxels is weighted, as nnU-Net's ``loss_mask`` does it.
 
     A mask is a weight of 0 and 1; weights that are all equal give nnU-Net's own loss.
@@ -29,6 +30,7 @@ class WeightedSegmentationLoss:
     def __init__(self, labels: LabelAdapter, batch_dice: bool, ce_weight: float = 1.0, dice_weight: float = 1.0):
         self.ce_weight, self.dice_weight = ce_weight, dice_weight
         self.has_regions = labels.has_regions
+        self.sums_regions = labels.ignore_label is not None
         nonlinearity = torch.sigmoid if labels.has_regions else softmax_helper_dim1
         # Ranks are averaged by the training step.
         self.dice = MemoryEfficientSoftDiceLoss(
@@ -54,7 +56,8 @@ class WeightedSegmentationLoss:
         loss = 0.0
         if self.ce_weight > 0:
             if self.has_regions:
-                ce = self.binary_ce(logits, hard.float()).mean(1, keepdim=True)
+                ce = self.binary_ce(logits, hard.float())
+                ce = ce.sum(1, keepdim=True) if self.sums_regions else ce.mean(1, keepdim=True)
             else:
                 ce = self.ce(logits, hard)[:, None]
             loss = self.ce_weight * (ce * weight).sum() / total

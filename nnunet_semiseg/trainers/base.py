@@ -141,6 +141,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.global_step = 0
         self.random_stream: RandomStream | None = None
         self.foreground_locations: dict = {}
+        self.absent_classes: set[str] = set()
         self._resumed_random_state = None
         self._non_finite_in_a_row = self._non_finite_total = 0
         self._last_loss = np.zeros((), dtype=np.float32)
@@ -247,11 +248,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up`` of it; 0 before."""
         return ramp_up_between(self.progress, self.options.warm_up, self.options.ramp_up)
 
-    def segmentation_loss(self, ce_weight: float = 1.0, dice_weight: float = 1.0) -> DeeplySupervised:
+    def segmentation_loss(self) -> DeeplySupervised:
         """nnU-Net's loss with a weight for every voxel, at every resolution that nnU-Net supervises."""
-        return self.deeply_supervised(
-            WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice, ce_weight, dice_weight)
-        )
+        return self.deeply_supervised(WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice))
 
     def deeply_supervised(self, loss) -> DeeplySupervised:
         """A loss of (logits, hard, weight) at every resolution that nnU-Net supervises, with nnU-Net's weights."""
@@ -359,19 +358,31 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _foreground_file(self) -> Path:
         return Path(self.output_folder) / f"unlabeled_foreground_{self.local_rank}.npz"
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the K foreground classes or regions, as in dataset.json."""
+        names = {_as_key(value): name for name, value in self.dataset_json["labels"].items()}
+        return [names.get(_as_key(label), str(label)) for label in self.labels.foreground_names]
+
     def _check_labeled_classes(self) -> None:
-        """Raise ValueError if a class is in none of the labeled training cases."""
+        """Find the classes that are in none of the labeled training cases.
+
+        Raises:
+            ValueError: if there are any, and ``allow_absent_classes`` is off.
+        """
         dataset, _ = self.get_tr_and_val_datasets()
         if not dataset.identifiers:
             raise ValueError(f"Fold {self.fold} has no labeled training cases. Write it with nnunet_semiseg split")
-        absent = list(self.labels.foreground_names)
+        absent = dict(zip(self.class_names, map(_as_key, self.labels.foreground_names)))
         for case in dataset.identifiers:
             locations = dataset.load_case(case)[3]["class_locations"]
-            absent = [name for name in absent if len(locations.get(_as_key(name), ())) == 0]
+            absent = {name: key for name, key in absent.items() if len(locations.get(key, ())) == 0}
             if not absent:
-                return
-        names = {_as_key(value): name for name, value in self.dataset_json["labels"].items()}
-        named = ", ".join(names.get(_as_key(label), str(label)) for label in absent)
+                break
+        self.absent_classes = set(absent)
+        if not absent:
+            return
+        named = ", ".join(absent)
         message = f"No labeled training case of fold {self.fold} contains {named}, so it cannot be learned"
         if not self.options.allow_absent_classes:
             raise ValueError(

@@ -64,8 +64,10 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
       one.
     * Both directions use the whole batch, where the paper's halves of a batch go one way each: a step then learns from
       every labeled voxel once, as nnU-Net's does, whatever the batch size. X_a, X_b and U_a, U_b are different patches.
-    * One Dice for a mixed patch. The paper has one for each origin (``origin_normalized``): slivers of an organ that
-      the cuboid's edge cuts off then count as much as the whole organ on the other side.
+    * One Dice for a mixed patch, of the foreground classes, as nnU-Net's. The paper has one for each origin
+      (``origin_normalized``): slivers of an organ that the cuboid's edge cuts off then count as much as the whole organ
+      on the other side.
+    * Labeled patches are not mixed while pretraining, which measured better (docs/results.md).
     * Unlabeled patches are centered on predicted foreground with the probability that nnU-Net's labeled ones have. A
       few cases are predicted in each epoch, so that in a short run many have no foreground yet.
     * Phase 2 starts when every class is found in labeled patches (``min_recall``), so that pseudo labels do not teach

@@ -20,8 +20,9 @@ class nnUNetTrainerBCPBURL(RegionLearning, nnUNetTrainerBCP):
     * Phase 2: URL on the voxels that come from labeled patches, by the student's entropy on the mixed patch; CRL
       (Eq. 8) on those from unlabeled ones, by the entropy of the teacher's prediction on the patch before mixing.
 
-    Percentiles are taken in each mixed patch over the voxels of the same origin. What was corrected in the paper's
-    equations stands at nnUNetTrainerMeanTeacherBURL.
+    Percentiles are taken in each mixed patch over the voxels of the same origin, and so is the mean weight, which is 1:
+    regions shift weight within labels and within pseudo labels, not from one to the other. What was corrected in the
+    paper's equations stands at nnUNetTrainerMeanTeacherBURL.
     """
 
     Options = BCPBURLOptions

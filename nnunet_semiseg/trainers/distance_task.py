@@ -16,8 +16,10 @@ from nnunet_semiseg.trainers.options import option
 @dataclass(frozen=True)
 class DistanceOptions(RampOptions):
     consistency_weight: float = option(1.0, "largest weight of the cross-task consistency", low=0.0)
-    steepness: float = option(1500.0, "k of the smooth mask sigmoid(-k z)", low=1.0)
-    distance_unit: str = option("mm", "unit of the signed distance", choices=("mm", "voxel"))
+    steepness: float = option(
+        1500.0, "k of the smooth mask sigmoid(-k z); hardly matters where z is learned from masks alone", low=1.0
+    )
+    distance_unit: str = option("mm", "unit of the signed distance, where it is learned", choices=("mm", "voxel"))
     max_distance: float = option(
         0.0, "distance that maps to 1, in that unit; 0: half of the patch's shortest side", low=0.0
     )
@@ -41,6 +43,7 @@ class DistanceTask:
             SignedDistanceTransform(
                 self.labels.num_foreground,
                 self.labels.has_regions,
+                self.labels.ignore_label,
                 spacing,
                 self.options.max_distance or shortest / 2,
             )

@@ -28,7 +28,8 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
 
     * z: one map for each foreground class or region, negative inside; SDF: signed distance of the labels, divided by a
       constant (``max_distance``).
-    * lambda(t): Gaussian ramp-up to ``consistency_weight``; 1 and beta = 0.3 are the published code's.
+    * lambda(t): Gaussian ramp-up to ``consistency_weight``; 1 and beta = 0.3 are the published code's, which ramps over
+      the whole run (``warm_up=0_ramp_up=1``).
 
     Corrected: the paper's inverse transform has the wrong sign for distances that are negative inside; the code's
     distances are divided by the patch's own maximum, are 0 everywhere in a patch without foreground, and NaN in a patch

@@ -63,8 +63,9 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
     * The output of M_d is -o, with a background channel that stays 0. Its argmax is the mask of z < 0, so that M_d is a
       plain nnU-Net too (see TwoNetworkTrainer).
     * z = tanh(o / k) where only the mask is learned, so that sigmoid(-k z) is about sigmoid(-o). With tanh(o) and
-      k = 1500 hardly a voxel has a gradient after the first steps: the loss then stays where it is. Where distances are
-      learned, z = tanh(o), and the segmentation layers start small.
+      k = 1500 hardly a voxel has a gradient after the first steps: the loss then stays where it is. So it is in the
+      presets, too. Where distances are learned, z = tanh(o), and the segmentation layers start small.
+    * The losses of both networks have weight 1; the code's M_s has half of a Dice and cross-entropy.
     * L_mask has deep supervision, as nnU-Net's own loss; the consistency is at full resolution.
     """
 
@@ -95,11 +96,12 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
         return {"second": second}
 
     def _mask_loss(self, logits, hard, valid):
+        """Dice of M_d's (B, C, *) outputs; arguments as of WeightedSegmentationLoss."""
         foreground, _ = self.labels.one_vs_rest(hard)
         return self.mask_dice(self.labels.foreground_channels(logits), foreground, loss_mask=valid)
 
-    def trains_second(self):
-        return self.options.setting != "segmentation"
+    def writes_second(self):
+        return self.options.setting in ("full", "labeled")
 
     def predicting(self):
         return "second" if self.options.setting == "distance" else "student"

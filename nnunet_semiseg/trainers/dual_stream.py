@@ -91,7 +91,8 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
       take nearly all of it from the reliable region (``reliable_foreground`` in the log); the default is 2.
     * The paper adjusts the confidence threshold during training without saying how; here it is constant.
     * Eq. 7's loss, and the labels of uncertain voxels, are not written out; see above.
-    * lambda_u is 1 in the paper; with a ramp and 0.5, wrong labels of an untrained network do less harm.
+    * lambda_u is 1 in the paper, from the first step on, and L_reg is part of it. Here all terms have the ramp (that of
+      ``preset=paper`` is over the whole run): wrong labels of an untrained network do less harm.
     * ``mistake_weight`` (0.5 in the code) is the one extra term that trained anything there: squared error to the
       labels where the two networks differ.
     """
@@ -142,7 +143,12 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         return winner
 
     def mistake_terms(self, logits: list[torch.Tensor], target: torch.Tensor) -> dict[str, Term]:
-        """Squared error of the foreground's probabilities to the labels, where the two networks decide differently."""
+        """Squared error of the foreground's probabilities to the labels, where the two networks decide differently.
+
+        Args:
+            logits: (B, C, *) of each network.
+            target: nnU-Net's, full resolution.
+        """
         foreground, valid = self.labels.one_vs_rest(target)
         differ = self.labels.differ(*(self.labels.hard(value.detach()) for value in logits)) & valid
         terms = {}
@@ -153,6 +159,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         return terms
 
     def unlabeled_terms(self, unlabeled, winner: int) -> dict[str, Term]:
+        """All terms on unlabeled patches; ``winner`` as ``winner()`` returns it."""
         o = self.options
         networks = [unwrap(self.network), self.companions["second"]]
         image = self.student_input(unlabeled)
@@ -184,7 +191,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         return terms
 
     def disagreement(self, logits: list[torch.Tensor], hard: list[torch.Tensor]) -> torch.Tensor:
-        """L_reg, Eqs. 4 and 5."""
+        """L_reg, Eqs. 4 and 5, of both networks' (B, C, *) logits and their own hard predictions."""
         p = [self.labels.probabilities(value) for value in logits]
         sure = torch.minimum(*(self.labels.confidence(value.detach()) for value in p)) > self.options.confidence
         mask = self.labels.differ(*hard) & sure
@@ -192,7 +199,15 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         return masked_mean((p[0] - p[1]).abs().mean(1, keepdim=True), mask)
 
     def contrast(self, name: str, features, pseudo, reliable, own) -> torch.Tensor:
-        """L_c of one network, Eq. 7."""
+        """L_c of one network, Eq. 7.
+
+        Args:
+            name: "first" or "second".
+            features: (B, F, *) of the decoder's last stage.
+            pseudo: The winner's hard prediction, of which prototypes are made.
+            reliable: (B, 1, *) bool.
+            own: The network's own hard prediction, which says which prototype an unreliable voxel is drawn to.
+        """
         memory = self.companions[f"prototypes_{name}"]
         losses = []
         for problem in range(memory.means.shape[0]):

@@ -46,7 +46,7 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     * Teacher: average of the student's weights with decay min(1 - 1 / (t + 1), ``ema_decay``), no gradient.
     * Noise: N(0, ``noise``^2), clamped to two standard deviations.
     * w(t) = ``consistency_weight`` exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up``.
-      The papers have 0.1 beside half of a Dice and cross-entropy; the default is what measured best (docs/results.md).
+      The papers have 0.1 beside half of a Dice and cross-entropy, over the whole run.
 
     ``student_view=weak`` gives student and teacher the same image but for the noise, as the papers' code does. With
     ``strong`` the student also sees nnU-Net's intensity augmentation.
@@ -56,6 +56,8 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     options: TeacherOptions
 
     def build_companions(self):
+        if not self.needs_unlabeled() and self.options.predict_with == "student":
+            return {}
         return {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=True)}
 
     def predicting(self):

@@ -38,10 +38,11 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTraine
       masked, as the text says.
     * One student learns from both halves; the teacher is its moving average with theta_t = a theta_t-1 +
       (1 - a) theta_s. (Eq. 10 has the two exchanged, and sections 3.2 to 3.4 call the student a teacher.)
-    * Percentiles are taken in each sample, over voxels that are not ignored.
+    * Percentiles are taken in each sample, over voxels that are not ignored. Where a patch reaches beyond the image,
+      padding counts as well: nnU-Net does not tell it from background.
     * Voxel weights by default; Eqs. 7 and 8 read as two normalized losses are ``region_normalized``.
-    * Eq. 9 has no ramp; the host's is kept. It begins when every class is found in labeled patches (``min_recall``), so
-      that pseudo labels do not teach that a class is absent.
+    * Eq. 9 has weight 1 and no ramp. Here it rises to ``pseudo_weight``, and begins when every class is found in
+      labeled patches (``min_recall``), so that pseudo labels do not teach that a class is absent.
     """
 
     Options = MeanTeacherBURLOptions

@@ -20,9 +20,9 @@ class nnUNetTrainerPiModel(SemiSupervisedTrainer):
 
     L = L_nnU-Net(labeled) + w(t) mean((p(x_strong) - p(x_weak + noise))^2)
 
-    One network, no teacher; as in the paper, the gradient flows through both evaluations. w(t) is the Gaussian ramp-up
-    to ``consistency_weight``. The two evaluations differ by nnU-Net's intensity augmentation on one side and clamped
-    Gaussian noise on the other; nnU-Net's networks have no dropout.
+    One network, no teacher; as in the paper, the gradient flows through both evaluations, which takes the memory of two
+    batches. w(t) is the Gaussian ramp-up to ``consistency_weight``. The two evaluations differ by nnU-Net's intensity
+    augmentation on one side and clamped Gaussian noise on the other; nnU-Net's networks have no dropout.
     """
 
     Options = PiModelOptions

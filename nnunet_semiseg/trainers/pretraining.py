@@ -28,8 +28,9 @@ class PretrainingOptions(FrameOptions):
 class TwoPhaseTrainer(SemiSupervisedTrainer):
     """The frame of methods that teach themselves with pseudo labels of a pretrained network.
 
-    Phase 2 starts when ``pretraining`` of the run is done and, in the labeled patches of an epoch, every class is found
-    with ``min_recall``: pseudo labels of a network that does not find a class yet teach that there is none.
+    Phase 2 starts when ``pretraining`` of the run is done and every class is found in labeled patches with
+    ``min_recall``: pseudo labels of a network that does not find a class yet teach that there is none. Recall is that
+    of the last epoch; of a class which that epoch's patches lack, that of the last epoch with it.
 
     A method with a supervised loss of its own counts recall in it; one with more to do in between overrides
     ``start_phase_2``.
@@ -42,6 +43,7 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
         self.phase_2_start: float | None = None
         self.knows_classes = self.options.min_recall == 0
         super().initialize()
+        self.recall = dict.fromkeys(self.class_names, 0.0)
         self._recall_counts = torch.zeros(2, self.labels.num_foreground, device=self.device)
 
     def start_phase_2(self) -> None:
@@ -97,13 +99,15 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
         if not self.knows_classes:
             if self.is_ddp:
                 dist.all_reduce(self._recall_counts)
-            found, present = self._recall_counts.cpu()
-            recall = (found / present)[present > 0]
-            self.knows_classes = bool((recall >= self.options.min_recall).all())
+            for name, found, present in zip(self.class_names, *self._recall_counts.tolist()):
+                if present > 0:
+                    self.recall[name] = found / present
+            recall = {name: self.recall[name] for name in self.class_names if name not in self.absent_classes}
+            self.knows_classes = all(value >= self.options.min_recall for value in recall.values())
             if not self.knows_classes and self.progress >= self.options.pretraining:
+                listed = ", ".join(f"{name} {value:.3f}" for name, value in recall.items())
                 self.print_to_log_file(
-                    f"Pretraining goes on: recall of the classes on labeled data {recall.numpy().round(3)}, "
-                    f"min_recall is {self.options.min_recall}"
+                    f"Pretraining goes on: recall on labeled data is {listed}; min_recall is {self.options.min_recall}"
                 )
         super().on_train_epoch_end(train_outputs)
 
@@ -111,12 +115,15 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
         super().on_train_end()
         if self.phase_2_start is None and self.needs_unlabeled():
             self.print_to_log_file(
-                "WARNING: This run never got beyond pretraining on labeled data, because a class was not learned well "
-                "enough (see above). Train longer, or lower min_recall"
+                "WARNING: This run never got beyond pretraining on labeled data"
+                + ("" if self.knows_classes else ", because a class was not learned well enough (see above)")
+                + ". Train longer, or lower "
+                + ("pretraining" if self.knows_classes else "min_recall")
             )
 
     def method_state(self):
-        return {"phase_2_start": self.phase_2_start, "knows_classes": self.knows_classes}
+        return {"phase_2_start": self.phase_2_start, "knows_classes": self.knows_classes, "recall": self.recall}
 
     def load_method_state(self, state):
         self.phase_2_start, self.knows_classes = state["phase_2_start"], state["knows_classes"]
+        self.recall = dict(state["recall"])

@@ -57,8 +57,8 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     def build_companions(self):
         return {"second": self.build_second()}
 
-    def trains_second(self) -> bool:
-        """False for a setting of the method in which B learns nothing."""
+    def writes_second(self) -> bool:
+        """False for a setting of the method in which only one of the networks learns."""
         return True
 
     @property
@@ -70,7 +70,7 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
 
     def on_train_end(self):
         super().on_train_end()
-        if self.local_rank == 0 and not self.disable_checkpointing and self.trains_second():
+        if self.local_rank == 0 and not self.disable_checkpointing and self.writes_second():
             self.write_second()
 
     def write_second(self) -> None:

@@ -231,6 +231,8 @@ def assert_same(a, b, where=""):
     + [
         ("nnUNetTrainerMeanTeacher_predict_with=teacher_unlabeled_foreground_sampling=0.5_warm_up=0", "labels", "2d"),
         ("nnUNetTrainerCoraNet_preset=code_pretraining=0.4", "labels", "2d"),
+        ("nnUNetTrainerDTML_supervision=both_warm_up=0", "labels", "2d"),
+        ("nnUNetTrainerDTML_setting=distance_supervision=distance", "labels", "2d"),
     ],
 )
 def test_restart_continues_bit_for_bit(make_trainer, name, kind, configuration):

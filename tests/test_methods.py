@@ -106,17 +106,17 @@ def test_each_term_trains_the_networks_it_should_and_no_others(started, method, 
         assert not [p for p in trainer.teacher.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_presets_are_settings_that_a_name_could_have(name):
-    options = find_trainer(name).Options
-    for preset, values in getattr(options, "PRESETS", {}).items():
-        suffix = "".join(f"_{key}={str(value).lower()}" for key, value in values.items())
-        assert parse_suffix(suffix, options)[0] == values
-        built = build_options(options, parse_suffix(f"_preset={preset}", options)[0])
-        assert {key: getattr(built, key) for key in values} == values
-
-
 PRESETS = [(name, preset) for name in TRAINERS for preset in getattr(find_trainer(name).Options, "PRESETS", {})]
+
+
+@pytest.mark.parametrize("name, preset", PRESETS)
+def test_presets_are_settings_that_a_name_could_have(name, preset):
+    options = find_trainer(name).Options
+    values = options.PRESETS[preset]
+    suffix = "".join(f"_{key}={str(value).lower()}" for key, value in values.items())
+    assert parse_suffix(suffix, options)[0] == values
+    built = build_options(options, parse_suffix(f"_preset={preset}", options)[0])
+    assert {key: getattr(built, key) for key in values} == values
 
 
 @pytest.mark.parametrize("name, preset", PRESETS)

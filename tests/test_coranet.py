@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import SHORT, train_steps
 
+from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
 from nnunet_semiseg.trainers.coranet import SETTINGS, _zoomed
 
@@ -189,6 +190,24 @@ def test_cost_heads_reach_the_shared_decoder_and_the_other_heads_do_not_mix(star
     assert all(p.grad is None for p in heads["radical"].parameters())
     assert trainer.network.decoder.stages[-1].convs[0].conv.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in trainer.network.decoder.seg_layers.parameters())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_share_of_the_heads_gradient_reaches_the_shared_network(started, share):
+    trainer = started(f"{NAME}{NOW}_head_gradient={share}_cost_dice=0{SHORT}")
+    shared = trainer.network.decoder.stages[-1].convs[0].conv.weight
+    own = trainer.companions["heads"]["radical"][0].conv.weight
+    batch = next(trainer.dataloader_train)
+    _, features = trainer._forward(trainer.network, batch["data"])
+    foreground, valid = trainer.labels.one_vs_rest(batch["target"][0])
+    losses = {
+        "whole": cost_sensitive_bce(trainer.companions["heads"]["radical"](features), foreground, valid, 1.0, 5.0),
+        "share": trainer.supervised_loss(batch["data"], batch["target"])["radical"].value,
+    }
+    gradients = {name: torch.autograd.grad(loss, (shared, own)) for name, loss in losses.items()}
+    torch.testing.assert_close(losses["share"], losses["whole"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients["share"][0], share * gradients["whole"][0], rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(gradients["share"][1], gradients["whole"][1], rtol=1e-3, atol=1e-7)
 
 
 def test_unlabeled_data_does_not_train_the_heads_unless_all_heads(started):

@@ -51,6 +51,7 @@ class CoraNetOptions(PretrainingOptions):
         choices=("cost", "tta", "mcdropout", "aleatoric"),
     )
     passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
+    head_gradient: float = option(0.3, "share of the heads' gradient in what they share with the main branch", low=0.0)
     cost_dice: float = option(1.0, "weight of cost-sensitive Dice beside the heads' cross-entropy", low=0.0)
     certain_weight: float = option(0.3, "largest weight of self-training on the certain region", low=0.0)
     pseudo_dice: float = option(1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0)
@@ -66,6 +67,7 @@ CoraNetOptions.PRESETS = {
     "paper": dict(
         pretraining=0.23,
         min_recall=0.0,
+        head_gradient=1.0,
         cost_dice=0.0,
         certain_weight=1.0,
         pseudo_dice=0.0,
@@ -78,6 +80,7 @@ CoraNetOptions.PRESETS = {
     "code": dict(
         pretraining=0.23,
         min_recall=0.0,
+        head_gradient=1.0,
         cost_dice=0.0,
         certain_weight=0.5,
         pseudo_dice=1.0,
@@ -120,7 +123,9 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
     * Table IV's "seg+mt (mask)" is the mean teacher on the certain region, as its text says.
     * The heads have cost-sensitive Dice beside the cross-entropy (``cost_dice``), as nnU-Net's own loss has Dice: with
       the cross-entropy alone, the conservative head had found no foreground after 2000 steps (docs/results.md).
-    * The heads are a quarter as wide as the features they read.
+    * The heads are a quarter as wide as the features they read, and ``head_gradient`` of their gradient reaches encoder
+      and decoder. With all of it, two losses out of three ask the shared network for costs that the main branch does
+      not have, and the supervised loss falls behind nnU-Net's (docs/results.md).
     """
 
     Options = CoraNetOptions
@@ -208,6 +213,10 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
             return {}
         heads = self.companions[name]
         heads = heads.module if isinstance(heads, EMATeacher) else heads
+        share = self.options.head_gradient
+        if features.requires_grad and share != 1.0:
+            features = features.view_as(features)
+            features.register_hook(lambda gradient: share * gradient)
         return {key: head(features) for key, head in heads.items()}
 
     def _head_losses(self, heads: dict, foreground, valid, suffix: str, weight: float = 1.0) -> dict[str, Term]:

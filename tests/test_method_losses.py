@@ -306,12 +306,14 @@ def test_uamt_loss_literally(started, monkeypatch, kind, option):
     trainer = started(f"nnUNetTrainerUAMT_warm_up=0_ramp_up=1_consistency_weight=2_passes=3{option}{SHORT}", kind)
     trainer.global_step = 2
     channels, shape = trainer.labels.num_outputs, (5, 4)
-    passes = [4 * torch.randn(2, channels, *shape) for _ in range(3)]
+    base = 8 * torch.randn(2, channels, *shape)
+    passes = [base + torch.randn(2, channels, *shape) for _ in range(3)]
     student = torch.randn(2, channels, *shape)
     answers = iter(passes)
     monkeypatch.setattr(trainer, "teacher_network", lambda x: next(answers))
     teacher = trainer.teacher_network
     monkeypatch.setattr(trainer, "logits", lambda network, x: network(x) if network is teacher else student)
+    monkeypatch.setattr(trainer, "_run", lambda network, x: student)
 
     def entropy(p):
         if kind == "regions":
@@ -319,8 +321,7 @@ def test_uamt_loss_literally(started, monkeypatch, kind, option):
         return -sum(x * math.log(x) for x in p)
 
     progress = 2 / 6
-    u_max = channels * math.log(2) if kind == "regions" else math.log(channels)
-    threshold = (0.75 + 0.25 * math.exp(-5 * (1 - progress) ** 2)) * u_max
+    threshold = (0.75 + 0.25 * math.exp(-5 * (1 - progress) ** 2)) * math.log(2)
     total = count = 0.0
     for b in range(2):
         means = {}
@@ -358,6 +359,19 @@ def test_uamt_dropout_makes_the_passes_differ(started):
     trainer = started(f"nnUNetTrainerUAMT_warm_up=0_passes=2_noise=0_dropout=0.5{SHORT}")
     x = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
     assert not torch.equal(trainer.teacher_mean(x), trainer.teacher_mean(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_uamt_student_learns_with_the_dropout_of_its_teacher(started, monkeypatch, dropout):
+    trainer = started(f"nnUNetTrainerUAMT_warm_up=0_dropout={dropout}{SHORT}")
+    batch = next(trainer.dataloader_train)
+    answer = trainer.teacher_mean(batch["data"])
+    monkeypatch.setattr(trainer, "teacher_mean", lambda weak: answer)
+    for loss in (
+        lambda: trainer.supervised_loss(batch["data"], batch["target"])["supervised"].value,
+        lambda: trainer.unsupervised_loss(Unlabeled(batch["data"], batch["data"]))["consistency"].value,
+    ):
+        assert (float(loss()) == float(loss())) == (dropout == 0)
 
 
 # --------------------------------------------------------------------------------------- copy-paste and its components
@@ -527,7 +541,7 @@ def test_distance_losses_literally(shape, foreground):
     z, p = z * 0.01, p.abs()
     valid = torch.rand(2, 1, *shape) < 0.8
     sdf[torch.rand(2, foreground, *shape) < 0.2] = torch.nan
-    errors = consistency = count = known = 0.0
+    errors = consistency = known = 0.0
     for b in range(2):
         for v in voxels(shape):
             if not valid[b, 0][v]:
@@ -537,10 +551,9 @@ def test_distance_losses_literally(shape, foreground):
                     errors += (zv - sv) ** 2
                     known += 1
                 consistency += (pv - 1 / (1 + math.exp(1500 * zv))) ** 2
-                count += 1
     assert float(distance_error(z, sdf, valid)) == pytest.approx(errors / known, rel=1e-4)
     masks = mask_of_distance(z, 1500)
-    assert float(cross_task_error(masks, p, valid)) == pytest.approx(consistency / count, rel=1e-4)
+    assert float(cross_task_error(masks, p, valid)) == pytest.approx(consistency / int(valid.sum()), rel=1e-4)
 
 
 def all_terms(trainer, batch):
@@ -618,9 +631,9 @@ def test_dtc_terms(started):
     for b in range(len(z)):
         for v in voxels(z.shape[2:]):
             errors += [(x - y) ** 2 for x, y in zip(at(z, b, v), at(sdf, b, v))]
-            differences += [
-                (q - 1 / (1 + math.exp(min(1500 * x, 700)))) ** 2 for x, q in zip(at(z, b, v), at(p, b, v)[1:])
-            ]
+            differences.append(
+                sum((q - 1 / (1 + math.exp(min(1500 * x, 700)))) ** 2 for x, q in zip(at(z, b, v), at(p, b, v)[1:]))
+            )
     assert float(terms["distance"].value) == pytest.approx(np.mean(errors), rel=1e-3)
     assert float(terms["consistency_labeled"].value) == pytest.approx(np.mean(differences), rel=1e-2)
 

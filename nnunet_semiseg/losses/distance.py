@@ -30,11 +30,11 @@ def distance_error(distance: torch.Tensor, target: torch.Tensor, valid: torch.Te
 
 
 def cross_task_error(masks: torch.Tensor, probabilities: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the two tasks' foreground (DTML, Eq. 4); no side is detached.
+    """Squared L2 distance of the two tasks' foreground, averaged over voxels (DTML, Eq. 4); no side is detached.
 
     Args:
         masks: (B, K, *) from ``mask_of_distance``.
         probabilities: (B, K, *) of the K foreground classes or regions.
         valid: (B, 1, *) bool.
     """
-    return masked_mean((masks - probabilities).square().mean(1, keepdim=True), valid)
+    return masked_mean((masks - probabilities).square().sum(1, keepdim=True), valid)

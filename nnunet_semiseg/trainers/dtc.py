@@ -24,7 +24,7 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
     """One U-Net with two heads: nnU-Net's segmentation layer, and a 1x1 convolution with tanh for signed distances.
 
     L = L_nnU-Net + beta mean((z - SDF)^2) on labeled patches
-        + lambda(t) mean((p - sigmoid(-k z))^2) on labeled and unlabeled patches
+        + lambda(t) mean |p - sigmoid(-k z)|^2 on labeled and unlabeled patches, the squares summed over K
 
     * z: one map for each foreground class or region, negative inside; SDF: signed distance of the labels, divided by a
       constant (``max_distance``).

@@ -44,13 +44,13 @@ DTMLOptions.PRESETS = {
 class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
     """Two networks of the same plans learn from each other: M_s segments, M_d regresses signed distances.
 
-    L = L_nnU-Net(M_s) + L_M_d + lambda(t) mean((p_s - sigmoid(-k z))^2) over labeled and unlabeled patches
+    L = L_nnU-Net(M_s) + L_M_d + lambda(t) mean |p_s - sigmoid(-k z)|^2 over labeled and unlabeled patches
 
     * M_d: z = tanh of a map for each foreground class or region, negative inside (Eqs. 1 to 3). L_M_d is
       the Dice loss of sigmoid(-k z) (``supervision=mask``, the paper's best), the squared error to the signed distance
       of the labels, or both (Table 1).
-    * The consistency (Eq. 4) reaches both networks: in each it is Eq. 5 or 6 with weight lambda, since neither network
-      depends on the other's weights.
+    * The consistency (Eq. 4, squares summed over the K maps) reaches both networks: in each it is Eq. 5 or 6 with
+      weight lambda, since neither network depends on the other's weights.
     * lambda(t): Gaussian ramp-up to ``consistency_weight``.
     * M_s predicts; with ``setting=distance``, M_d does.
 

@@ -95,6 +95,8 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
       ``preset=paper`` is over the whole run): wrong labels of an untrained network do less harm.
     * ``mistake_weight`` (0.5 in the code) is the one extra term that trained anything there: squared error to the
       labels where the two networks differ.
+    * The checkpoint predicts with A. The paper's prediction is the mean of both: ``nnUNetv2_ensemble`` makes it of
+      A's and B's probabilities (see TwoNetworkTrainer).
     """
 
     Options = DualStreamOptions

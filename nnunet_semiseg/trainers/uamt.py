@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from nnunet_semiseg.losses.consistency import clamped_noise, masked_squared_distance
 from nnunet_semiseg.losses.ramps import gaussian_ramp_up
 from nnunet_semiseg.losses.uncertainty import above_percentile
+from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
 from nnunet_semiseg.trainers.base import Term, Unlabeled
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherOptions, nnUNetTrainerMeanTeacher
@@ -19,7 +21,7 @@ from nnunet_semiseg.trainers.options import option
 class UAMTOptions(MeanTeacherOptions):
     uncertainty: bool = option(True, "false: consistency everywhere, the ablation")
     passes: int = option(8, "stochastic passes of the teacher", low=1)
-    dropout: float = option(0.0, "dropout of the teacher's bottleneck and last features", low=0.0, high=0.9)
+    dropout: float = option(0.0, "dropout of both networks' bottleneck and last features", low=0.0, high=0.9)
     percentile: float = option(
         0.0,
         "the least uncertain percentage of each patch counts, instead of the threshold; 0: off",
@@ -38,13 +40,15 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
 
     * p_teacher: mean over ``passes`` passes of the teacher, each with noise of its own on the input (and with
       ``dropout``); u_v: entropy of that mean.
-    * H(t) = (3/4 + 1/4 exp(-5 (1 - t)^2)) u_max, u_max = ln C, or R ln 2 for R regions; t is the progress of the run.
+    * H(t) = (3/4 + 1/4 exp(-5 (1 - t)^2)) ln 2; t is the progress of the run.
 
     Decided:
 
     * The student follows the mean that the entropy is of; the published code draws one more pass to follow.
+    * ln 2 is the entropy of a voxel torn between two classes, or of one region that nothing is known of. With ln C or
+      R ln 2, the most that there can be, such a voxel would count as certain from C = 3 or R = 2 on.
     * nnU-Net's networks have no dropout, so noise on the input is the default stochasticity; ``dropout=0.5`` adds the
-      paper's, which works with nnU-Net's U-Nets.
+      paper's, in the student's training as well, which works with nnU-Net's U-Nets.
     * An absolute threshold lets nearly all voxels pass once a network is confident. ``percentile`` keeps that share of
       each patch instead.
     """
@@ -57,14 +61,18 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
             check_is_unet(self.network)
         return super().build_companions()
 
+    def _run(self, network, data):
+        """A network's outputs, with ``dropout``."""
+        if self.options.dropout == 0:
+            return network(data)
+        return forward_with_features(unwrap(network), data, self.options.dropout)[0]
+
     @torch.no_grad()
     def teacher_logits(self, weak):
         if self.options.dropout == 0:
             return super().teacher_logits(weak)
         with self.random_stream, self.autocast():
-            noisy = clamped_noise(weak, self.options.noise)
-            output, _ = forward_with_features(self.teacher.module, noisy, self.options.dropout)
-        return full_resolution(output)
+            return full_resolution(self._run(self.teacher.module, clamped_noise(weak, self.options.noise)))
 
     def teacher_mean(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) mean probabilities over the stochastic passes."""
@@ -78,13 +86,19 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
             return torch.ones_like(entropy, dtype=torch.bool)
         if self.options.percentile > 0:
             return ~above_percentile(entropy, self.options.percentile)
-        threshold = (0.75 + 0.25 * gaussian_ramp_up(self.progress)) * self.labels.max_entropy
+        threshold = (0.75 + 0.25 * gaussian_ramp_up(self.progress)) * math.log(2)
         return entropy < threshold
+
+    def supervised_loss(self, data, target):
+        with self.autocast():
+            return {"supervised": Term(self.loss(self._run(self.student, data), target))}
 
     def unsupervised_loss(self, unlabeled: Unlabeled):
         teacher = self.teacher_mean(unlabeled.weak)
         certain = self.certain(teacher)
         self.monitor("certain_voxels", certain.float().mean())
-        student = self.labels.probabilities(self.logits(self.student, self.student_input(unlabeled)))
+        with self.autocast():
+            outputs = self._run(self.student, self.student_input(unlabeled))
+        student = self.labels.probabilities(full_resolution(outputs))
         distance = masked_squared_distance(student, teacher, certain) / self.labels.num_outputs
         return {"consistency": Term(distance, self.unsupervised_weight())}

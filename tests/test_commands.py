@@ -197,6 +197,23 @@ def test_doctor_finds_everything_in_order(prepared, capsys):
         assert expected in printed, printed
 
 
+def test_doctor_wants_no_unlabeled_images_where_labels_are_hidden(prepared, work, capsys, tmp_path):
+    unlabeled = work / "raw" / prepared("labels") / "imagesUn"
+    splits = work / "preprocessed" / prepared("labels") / "splits_final.json"
+    before = splits.read_text()
+    shutil.move(unlabeled, tmp_path / "imagesUn")
+    try:
+        assert cli.main(["doctor", "-d", "801"]) == 0
+        assert "fold 0: 2 cases with hidden labels" in capsys.readouterr().out
+        folds = [{key: fold[key] for key in ("train", "val")} for fold in json.loads(before)]
+        splits.write_text(json.dumps(folds))
+        assert cli.main(["doctor", "-d", "801"]) == 1
+        assert "imagesUn is missing" in capsys.readouterr().out
+    finally:
+        splits.write_text(before)
+        shutil.move(tmp_path / "imagesUn", unlabeled)
+
+
 def test_doctor_names_each_bad_case_and_its_cure(prepared, work, capsys):
     raw = work / "raw" / prepared("labels")
     unlabeled = raw / "imagesUn"

@@ -139,7 +139,10 @@ def _check_dataset(report: Report, name_or_id: str, plans_name: str | None) -> N
     else:
         report.problem("there are no labeled cases", f"put labels into {dataset.raw / 'labelsTr'}")
     images = {}
-    for folder in ("imagesTr", "imagesUn"):
+    folders = ["imagesTr", "imagesUn"]
+    if not (dataset.raw / "imagesUn").exists() and _hides_labels(dataset):
+        folders.remove("imagesUn")
+    for folder in folders:
         try:
             images[folder] = dataset.images(folder)
             if folder == "imagesUn":
@@ -152,6 +155,14 @@ def _check_dataset(report: Report, name_or_id: str, plans_name: str | None) -> N
         report.problem(f"{', '.join(both[:5])} is in imagesTr and in imagesUn", "remove or rename it in imagesUn")
     _check_images(report, dataset, images)
     _check_plans(report, dataset, plans_name)
+
+
+def _hides_labels(dataset) -> bool:
+    """Whether a fold of splits_final.json withholds labels, so that the dataset needs no imagesUn."""
+    from batchgenerators.utilities.file_and_folder_operations import load_json
+
+    splits = dataset.preprocessed / "splits_final.json"
+    return splits.is_file() and any(fold.get("unlabeled") for fold in load_json(str(splits)))
 
 
 def _check_images(report: Report, dataset, images: dict) -> None:
@@ -244,7 +255,7 @@ def _check_plans(report: Report, dataset, plans_name: str | None) -> None:
             message = f"{name} {configuration_name}: {len(cases)} unlabeled cases preprocessed"
             if cases:
                 report.ok(message)
-            else:
+            elif (dataset.raw / "imagesUn").exists():
                 report.warn(message, command)
     splits = dataset.preprocessed / "splits_final.json"
     if splits.is_file():

@@ -63,7 +63,8 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
     * Patches are mixed after augmentation, at full resolution; the targets of deep supervision are made from the mixed
       one.
     * Both directions use the whole batch, where the paper's halves of a batch go one way each: a step then learns from
-      every labeled voxel once, as nnU-Net's does, whatever the batch size. X_a, X_b and U_a, U_b are different patches.
+      every labeled voxel once, as nnU-Net's does, whatever the batch size. In the two directions, a labeled patch is
+      mixed with different unlabeled patches.
     * One Dice for a mixed patch, of the foreground classes, as nnU-Net's. The paper has one for each origin
       (``origin_normalized``): slivers of an organ that the cuboid's edge cuts off then count as much as the whole organ
       on the other side.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nnunet_semiseg.trainers.bcp import BCPOptions, nnUNetTrainerBCP
+from nnunet_semiseg.trainers.options import option
 from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOptions
 
 
 @dataclass(frozen=True)
 class BCPBURLOptions(RegionOptions, BCPOptions):
-    pass
+    preset: str = option("default", "paper: BCP's settings for ACDC", choices=("default", "paper"))
 
 
 class nnUNetTrainerBCPBURL(RegionLearning, nnUNetTrainerBCP):
@@ -20,9 +21,10 @@ class nnUNetTrainerBCPBURL(RegionLearning, nnUNetTrainerBCP):
     * Phase 2: URL on the voxels that come from labeled patches, by the student's entropy on the mixed patch; CRL
       (Eq. 8) on those from unlabeled ones, by the entropy of the teacher's prediction on the patch before mixing.
 
-    Percentiles are taken in each mixed patch over the voxels of the same origin, and so is the mean weight, which is 1:
-    regions shift weight within labels and within pseudo labels, not from one to the other. What was corrected in the
-    paper's equations stands at nnUNetTrainerMeanTeacherBURL.
+    Percentiles are taken in each mixed patch over the voxels of the same origin. The mean weight of the voxels of an
+    origin in the batch is 1: regions shift weight within labels and within pseudo labels, not from one to the other
+    (with ``origin_normalized``, each origin is divided by its own sum instead). What was corrected in the paper's
+    equations stands at nnUNetTrainerMeanTeacherBURL.
     """
 
     Options = BCPBURLOptions

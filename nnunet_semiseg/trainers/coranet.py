@@ -43,7 +43,11 @@ class CoraNetOptions(PretrainingOptions):
         "paper: the printed settings; code: those of the published code",
         choices=("default", "paper", "code"),
     )
-    alpha: float = option(5.0, "cost of the expensive mistake; 1 tells the heads apart by initialization", low=1.0)
+    alpha: float = option(
+        5.0,
+        "cost of a head's expensive mistake, that of the cheap one is 1; with 1 the heads differ by their start",
+        low=1.0,
+    )
     setting: str = option("full", "rows of the paper's Table IV", choices=tuple(SETTINGS))
     uncertainty: str = option(
         "cost",
@@ -115,6 +119,7 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
       round), on labeled and unlabeled data alike (the code swaps the heads' costs between the two).
     * The main branch is the plans' segmentation layer, not a head of its own, so that the checkpoint is a plain
       nnU-Net; its loss is nnU-Net's Dice and cross-entropy with deep supervision.
+    * The two costs are alpha : 1, scaled to a mean of 1.
     * Sums over pixels (Eqs. 1, 7, 8) are means over the voxels of the region, so that the weights do not depend on
       the patch size. The code divides the cost terms by the sum of their costs, which leaves the conservative head so
       little gradient from foreground that it learns to predict none.
@@ -123,9 +128,9 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
     * Table IV's "seg+mt (mask)" is the mean teacher on the certain region, as its text says.
     * The heads have cost-sensitive Dice beside the cross-entropy (``cost_dice``), as nnU-Net's own loss has Dice: with
       the cross-entropy alone, the conservative head had found no foreground after 2000 steps (docs/results.md).
-    * The heads are a quarter as wide as the features they read, and ``head_gradient`` of their gradient reaches encoder
-      and decoder. With all of it, two losses out of three ask the shared network for costs that the main branch does
-      not have, and the supervised loss falls behind nnU-Net's (docs/results.md).
+    * The heads are a quarter as wide as the features they read (at least 8 channels), and ``head_gradient`` of their
+      gradient reaches encoder and decoder. With all of it, two losses out of three ask the shared network for costs
+      that the main branch does not have, and the supervised loss falls behind nnU-Net's (docs/results.md).
     """
 
     Options = CoraNetOptions

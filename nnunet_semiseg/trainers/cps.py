@@ -41,7 +41,7 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
     * The networks are of the same plans with different initialization, or of two architectures (``second_network``).
     * l: nnU-Net's cross-entropy, Dice, or both, at full resolution; no gradient reaches the network that labels.
     * w(t): Gaussian ramp-up to ``pseudo_weight``. Pham et al. state no weight; their code ramps to 0.1 over 200
-      epochs of thousands of steps, and so hardly leaves zero; the preset ramps over the run.
+      epochs of thousands of steps, and so hardly leaves zero; the presets ramp over the run.
 
     Decided:
 

@@ -72,7 +72,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
     * y^: the winner's argmax on the unlabeled patches, for both networks, in the reliable region: the voxels but the
       ``unreliable`` percent of highest winner's entropy in each patch (Eq. 2). l: nnU-Net's cross-entropy and Dice.
     * L_reg (Eqs. 4 and 5): mean |p_A - p_B| over voxels where the argmaxes differ and both networks are more
-      ``confidence`` sure; the gradient goes to both.
+      than ``confidence`` sure; the gradient goes to both.
     * L_c (Eq. 7): - log p(y^_v | v) over voxels of the unreliable region, p by Euclidean distance of normalized
       features to the prototypes; y^_v is the network's own argmax there. A prototype is the mean feature of reliable
       voxels of a class. Both sides have gradients: the softmax pulls voxels to their prototype and pushes prototypes
@@ -95,8 +95,8 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
       ``preset=paper`` is over the whole run): wrong labels of an untrained network do less harm.
     * ``mistake_weight`` (0.5 in the code) is the one extra term that trained anything there: squared error to the
       labels where the two networks differ.
-    * The checkpoint predicts with A. The paper's prediction is the mean of both: ``nnUNetv2_ensemble`` makes it of
-      A's and B's probabilities (see TwoNetworkTrainer).
+    * The checkpoint predicts with A. The paper's prediction is the mean of both: ``nnUNetv2_ensemble``
+      computes it from the probabilities of A and B (see TwoNetworkTrainer).
     """
 
     Options = DualStreamOptions

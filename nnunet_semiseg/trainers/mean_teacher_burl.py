@@ -25,9 +25,9 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTraine
 
     L = L^l (Eq. 7, URL) + w(t) L^u (Eq. 8, CRL); L_seg is nnU-Net's Dice and cross-entropy, deep supervision included.
 
-    * Labeled: voxels where the student is uncertain weigh 1, the others ``alpha``.
+    * Labeled: voxels where the student is uncertain weigh 1, the others ``alpha_labeled``.
     * Unlabeled: the teacher's argmax is the label (in place of Mean Teacher's squared difference); voxels where the
-      teacher is certain weigh 1, the others ``alpha``.
+      teacher is certain weigh 1, the others ``alpha_unlabeled``.
     * ``labeled_regions`` and ``unlabeled_regions`` switch, exchange or drop the two (Tables 3 to 5).
 
     Corrected or decided, against the paper (there is no published code):

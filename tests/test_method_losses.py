@@ -922,8 +922,9 @@ def test_mistake_terms_literally(started, kind):
     assert [float(term.value) for term in terms.values()] == pytest.approx([total / count for total in sums], rel=1e-4)
 
 
-def test_the_winner_labels_both_networks_in_its_reliable_region(started, monkeypatch):
-    trainer = started(short("nnUNetTrainerDualStream") + "_unreliable=30")
+@pytest.mark.parametrize("taught", ["both", "loser"])
+def test_the_winner_labels_in_its_reliable_region(started, monkeypatch, taught):
+    trainer = started(short("nnUNetTrainerDualStream") + f"_unreliable=30_taught={taught}")
     trainer.before_step()
     assert trainer.winner([torch.tensor(0.2), torch.tensor(0.1)]) == 1
     assert trainer.winner([torch.tensor(-0.2), torch.tensor(0.1)]) == 0
@@ -933,13 +934,17 @@ def test_the_winner_labels_both_networks_in_its_reliable_region(started, monkeyp
     monkeypatch.setattr(trainer, "pseudo_loss", lambda *arguments: seen.append(arguments) or original(*arguments))
     for winner, network in enumerate((trainer.network, trainer.second)):
         seen.clear()
-        trainer.unlabeled_terms(unlabeled, winner)
+        terms = trainer.unlabeled_terms(unlabeled, winner)
+        learning = {"pseudo_first", "pseudo_second"}
+        if taught == "loser":
+            learning.remove(("pseudo_first", "pseudo_second")[winner])
+        assert set(terms) & {"pseudo_first", "pseudo_second"} == learning
         with torch.no_grad():
             labeling = network(unlabeled.weak)[0]
         for _, pseudo, reliable in seen:
             assert torch.equal(pseudo, labeling.argmax(1, keepdim=True))
             assert float(reliable.float().mean()) == pytest.approx(0.7, abs=0.01)
-        assert len(seen) == 2
+        assert len(seen) == len(learning)
 
 
 # -------------------------------------------------------------------------------------------------- degenerate batches

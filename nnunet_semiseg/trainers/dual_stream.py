@@ -32,6 +32,7 @@ SAMPLED_VOXELS = 4096
 class DualStreamOptions(SecondNetworkOptions, PretrainingOptions):
     second_network: str = second_network_option("other")
     pseudo_weight: float = option(0.5, "largest weight of the winner's pseudo labels", low=0.0)
+    taught: str = option("both", "the networks that learn them", choices=("both", "loser"))
     disagreement_weight: float = option(0.1, "largest weight of the term on confident disagreement", low=0.0)
     contrast_weight: float = option(0.1, "largest weight of the prototype term", low=0.0)
     mistake_weight: float = option(0.0, "weight of the code's labeled term where the networks differ", low=0.0)
@@ -50,6 +51,7 @@ class DualStreamOptions(SecondNetworkOptions, PretrainingOptions):
 
 DualStreamOptions.PRESETS = {
     "paper": dict(
+        taught="both",
         pseudo_weight=1.0,
         disagreement_weight=1.0,
         contrast_weight=0.1,
@@ -83,6 +85,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
     The published code is no guide: it detaches the predictions and computes the prototypes without gradient, so that
     none of its unsupervised terms trains anything. Corrected or decided, against the paper:
 
+    * Both networks learn the winner's labels (Eq. 2), so that the winner repeats its own; ``taught=loser`` leaves it out.
     * lambda_c's exponent has the wrong sign and constant (5.5 at the start); it is the usual ramp-up to 0.1.
     * Eq. 2 compares the pseudo label with itself in Dice; here Dice(f(x), y^).
     * Eq. 4 is malformed; Eq. 5 is a sum, here a mean over the voxels of the mask.
@@ -182,7 +185,9 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         ramp = self.ramp()
         terms = {}
         if o.pseudo_weight > 0:
-            for name, value in zip(("pseudo_first", "pseudo_second"), logits):
+            for index, (name, value) in enumerate(zip(("pseudo_first", "pseudo_second"), logits)):
+                if o.taught == "loser" and index == winner:
+                    continue
                 terms[name] = Term(self.pseudo_loss(value, pseudo, reliable), o.pseudo_weight * ramp)
         if o.disagreement_weight > 0:
             terms["disagreement"] = Term(self.disagreement(logits, own), o.disagreement_weight * ramp)

@@ -85,7 +85,8 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
     The published code is no guide: it detaches the predictions and computes the prototypes without gradient, so that
     none of its unsupervised terms trains anything. Corrected or decided, against the paper:
 
-    * Both networks learn the winner's labels (Eq. 2), so that the winner repeats its own; ``taught=loser`` leaves it out.
+    * Both networks learn the winner's labels (Eq. 2), so that the winner repeats its own; with ``taught=loser`` it does
+      not.
     * lambda_c's exponent has the wrong sign and constant (5.5 at the start); it is the usual ramp-up to 0.1.
     * Eq. 2 compares the pseudo label with itself in Dice; here Dice(f(x), y^).
     * Eq. 4 is malformed; Eq. 5 is a sum, here a mean over the voxels of the mask.

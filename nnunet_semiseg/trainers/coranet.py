@@ -55,7 +55,9 @@ class CoraNetOptions(PretrainingOptions):
         choices=("cost", "tta", "mcdropout", "aleatoric"),
     )
     passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
-    head_gradient: float = option(0.3, "share of the heads' gradient in what they share with the main branch", low=0.0)
+    head_gradient: float = option(
+        0.3, "share of the heads' gradient in what they share with the main branch", low=0.0, high=1.0
+    )
     cost_dice: float = option(1.0, "weight of cost-sensitive Dice beside the heads' cross-entropy", low=0.0)
     certain_weight: float = option(0.3, "largest weight of self-training on the certain region", low=0.0)
     pseudo_dice: float = option(1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0)

@@ -49,7 +49,7 @@ PREFIX = "nnUNetTrainer"
 LABELED_BY_STUDENT = (VANILLA, "CoraNet")
 RECORD, SNAPSHOTS, QUALITY = "benchmark.json", "snapshots", "pseudo_label_quality.csv"
 # Checkpoints of a run whose pseudo labels are scored.
-NUM_SNAPSHOTS = 10
+NUM_SNAPSHOTS = 20
 GPU_MINUTES = 9.0
 POLL_SECONDS = 0.2
 

@@ -24,6 +24,8 @@ import SimpleITK as sitk  # noqa: E402
 import torch  # noqa: E402
 
 from nnunet_semiseg import cli  # noqa: E402
+from nnunet_semiseg.trainers.pretraining import TwoPhaseTrainer  # noqa: E402
+from nnunet_semiseg.trainers.registry import find_trainer  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -115,21 +117,19 @@ def prepared(work):
     return prepare
 
 
-# What makes a method use unlabeled data from the first step on.
+EVERYWHERE = [(kind, configuration) for kind in ("labels", "regions") for configuration in ("2d", "3d_fullres")]
+
+# Of every method and preset, a term that there is as soon as it uses unlabeled data.
+UNLABELED_TERMS = {"consistency", "pseudo", "entropy", "cross_first", "pseudo_first", "mixed_out", "pseudo_out"}
+
 TWO_PHASES = "_pretraining=0_min_recall=0"
-FROM_START = {
-    "nnUNetTrainerCoraNet": f"{TWO_PHASES}_relabel_every=2",
-    "nnUNetTrainerBCP": TWO_PHASES,
-    "nnUNetTrainerBCPBURL": TWO_PHASES,
-    "nnUNetTrainerMeanTeacherBURL": TWO_PHASES,
-    "nnUNetTrainerCPS": TWO_PHASES,
-    "nnUNetTrainerDualStream": TWO_PHASES,
-    "nnUNetTrainerUAMT": "_warm_up=0_passes=2",
-}
+CHEAP = {"nnUNetTrainerCoraNet": "_relabel_every=2", "nnUNetTrainerUAMT": "_passes=2"}
 
 
 def from_start(name):
-    return name + FROM_START.get(name, "_warm_up=0")
+    """The trainer as one that uses unlabeled data from the first step on, and is cheap to run."""
+    start = TWO_PHASES if issubclass(find_trainer(name), TwoPhaseTrainer) else "_warm_up=0"
+    return name + start + CHEAP.get(name.split("_")[0], "")
 
 
 def short(name):

@@ -301,7 +301,9 @@ def test_a_cpu_training_is_not_compiled_unless_wanted(device, chosen, expected, 
     assert (tmp_path / "log").read_text().strip() == str(expected)
 
 
-@pytest.mark.parametrize("epochs, kept", [(25, [3, 5, 8, 10, 13, 15, 18, 20, 23]), (4, [1, 2, 3])])
+@pytest.mark.parametrize(
+    "epochs, kept", [(50, [3, 5, 8, 10, 13, 15, 18, 20, 23, 25, 28, 30, 33, 35, 38, 40, 43, 45, 48]), (4, [1, 2, 3])]
+)
 def test_snapshots_are_evenly_spaced_and_outlive_the_checkpoint(epochs, kept, tmp_path):
     snapshots = benchmark.Snapshots(tmp_path, epochs)
     snapshots.look()

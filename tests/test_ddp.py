@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import short
+from test_losses import adapter
+
+from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 
 WORKER = """
 import functools, sys
@@ -42,12 +45,32 @@ torch.save({
 dist.destroy_process_group()
 """
 
-# One of each kind: a teacher, heads and a pool, pasted images, a second network and decisions taken together.
+# A Dice over the batch of both ranks, the second of which has no voxel that counts.
+LOSS_WORKER = """
+import sys
+import torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+from test_losses import adapter
+from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
+
+dist.init_process_group("gloo")
+half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+logits, hard, weight = (t[half] for t in torch.load(sys.argv[1] + "/batch.pt"))
+logits.requires_grad_()
+loss = WeightedSegmentationLoss(adapter(3), True, ce_weight=0)(logits, hard, weight)
+(gradient,) = torch.autograd.grad(loss, logits)
+torch.save((loss.detach(), gradient), f"{sys.argv[1]}/rank{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+# One of each kind: a teacher, heads and a pool, pasted images, a second network and decisions taken together, a loss of
+# its own.
 DISTRIBUTED = {
     "nnUNetTrainerMeanTeacher": "consistency",
     "nnUNetTrainerCoraNet": "consistency",
     "nnUNetTrainerBCPBURL": "mixed_out",
     "nnUNetTrainerDualStream": "pseudo_second",
+    "nnUNetTrainerDTML": "mask",
 }
 
 
@@ -57,14 +80,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("name, term", DISTRIBUTED.items())
-def test_two_ranks_stay_equal(prepared, tmp_path, name, term):
-    dataset = prepared("labels")
-    trainer = short(name)
+def on_two_ranks(worker, *arguments):
     environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, dataset, trainer, str(tmp_path)],
+            [sys.executable, "-c", worker, *map(str, arguments)],
             env={**environment, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -75,6 +95,27 @@ def test_two_ranks_stay_equal(prepared, tmp_path, name, term):
     for process in ranks:
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output[-3000:]
+
+
+def test_dice_over_the_batch_is_one_over_all_ranks(tmp_path):
+    logits, hard = torch.randn(4, 3, 5, 6, requires_grad=True), torch.randint(0, 3, (4, 1, 5, 6))
+    weight = torch.rand(4, 1, 5, 6)
+    weight[2:] = 0
+    torch.save((logits.detach(), hard, weight), tmp_path / "batch.pt")
+    on_two_ranks(LOSS_WORKER, tmp_path, Path(__file__).parent)
+    whole = WeightedSegmentationLoss(adapter(3), True, ce_weight=0)(logits, hard, weight)
+    (gradient,) = torch.autograd.grad(whole, logits)
+    losses, gradients = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)))
+    torch.testing.assert_close(losses, (whole.detach(),) * 2)
+    # The training step takes the mean over both ranks.
+    torch.testing.assert_close(torch.cat(gradients) / 2, gradient)
+
+
+@pytest.mark.parametrize("name, term", DISTRIBUTED.items())
+def test_two_ranks_stay_equal(prepared, tmp_path, name, term):
+    dataset = prepared("labels")
+    trainer = short(name)
+    on_two_ranks(WORKER, dataset, trainer, tmp_path)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
     assert torch.equal(one["start"], two["start"])
     assert torch.equal(one["student"], two["student"])

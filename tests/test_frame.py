@@ -1,4 +1,4 @@
-"""The semi-supervised frame: what holds for every trainer, and Mean Teacher's equation."""
+"""The semi-supervised frame: what holds for every trainer."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, flat, from_start, short, train_steps
+from conftest import EVERYWHERE, SHORT, UNLABELED_TERMS, flat, from_start, short, train_steps
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_semiseg import checkpoints, cli
@@ -44,7 +44,10 @@ def stock_trainer(make_trainer, kind, configuration):
     return SeededStockTrainer(**kwargs)
 
 
-@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("labels", "3d_fullres"), ("regions_ignore", "2d")])
+@pytest.mark.parametrize(
+    "kind, configuration",
+    [("labels", "2d"), ("labels", "3d_fullres"), ("regions", "3d_fullres"), ("regions_ignore", "2d")],
+)
 def test_weight_zero_equals_stock_trainer_bit_for_bit(make_trainer, started, kind, configuration):
     ours = started(f"nnUNetTrainerMeanTeacher_consistency_weight=0{SHORT}", kind, configuration)
     train_steps(ours, 5)
@@ -81,32 +84,13 @@ def test_every_trainer_learns_from_both_halves(started, name, kind, configuratio
     assert trainer._non_finite_total == 0
     assert torch.isfinite(flat(trainer.network)).all()
     assert not torch.equal(before, flat(trainer.network))
-    assert {"consistency", "pseudo", "entropy", "cross_first", "pseudo_first", "mixed_out"} & set(trainer._epoch_sums)
+    assert UNLABELED_TERMS & set(trainer._epoch_sums) and trainer._unlabeled_keys
     assert trainer.global_step == 3
-
-
-def test_mean_teacher_loss_is_its_equation(started):
-    trainer = started("nnUNetTrainerMeanTeacher_warm_up=0_ramp_up=0.5_noise=0_consistency_weight=0.3" + SHORT)
-    with torch.no_grad():
-        for parameter in trainer.teacher.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    trainer.global_step = 1
-    x = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
-    y = x + 0.1
-    terms = trainer.unsupervised_loss(Unlabeled(weak=x, strong=y))
-    with torch.no_grad():
-        student = trainer.network(y)[0].softmax(1)
-        teacher = trainer.teacher(x)[0].softmax(1)
-    total = 0.0
-    for s, t in zip(student.flatten().tolist(), teacher.flatten().tolist()):
-        total += (s - t) ** 2
-    assert float(terms["consistency"].value.detach()) == pytest.approx(total / student.numel(), rel=1e-4)
-    # s = (1 / 6) / 0.5 of the ramp.
-    assert terms["consistency"].weight == pytest.approx(0.3 * np.exp(-5 * (1 - 1 / 3) ** 2))
 
 
 def test_teacher_sees_clamped_noise(started):
     trainer = started("nnUNetTrainerMeanTeacher_warm_up=0_noise=0.5_student_view=weak" + SHORT)
+    assert trainer.teacher_network is trainer.teacher.module
     seen = {}
     trainer.teacher_network = lambda x: seen.setdefault("teacher", x) * trainer.network(x)[0][:, :1]
     x = torch.zeros(2, 1, *trainer.configuration_manager.patch_size)
@@ -127,16 +111,16 @@ def test_joint_backward_gives_the_same_gradients(started, name):
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_hidden_labels_change_nothing(started, name, prepared, work):
+@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions_ignore", "3d_fullres")])
+@pytest.mark.parametrize("name", [*TRAINERS, "nnUNetTrainerDTML_supervision=both"])
+def test_hidden_labels_change_nothing(started, name, kind, configuration, prepared, work):
     """Sentinels in the hidden cases' segmentations and class locations: same batches, same weights."""
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-    dataset = prepared("labels")
-    folder = work / "preprocessed" / dataset / "nnUNetPlans_cpu_2d"
+    folder = work / "preprocessed" / prepared(kind) / f"nnUNetPlans_cpu_{configuration}"
 
     def run():
-        trainer = started(f"{from_start(name)}_num_iterations_per_epoch=6_seed=7")
+        trainer = started(f"{from_start(name)}_num_iterations_per_epoch=6_seed=7", kind, configuration)
         assert {"lab_03", "lab_04"} <= set(trainer.dataloader_unlabeled.data_loader._data.identifiers)
         keys, batches = set(), []
         original = trainer.draw_unlabeled
@@ -160,7 +144,7 @@ def test_hidden_labels_change_nothing(started, name, prepared, work):
                 originals[case + suffix] = (folder / (case + suffix)).read_bytes()
             data, segmentation, _, properties = nnUNetDatasetBlosc2(str(folder)).load_case(case)
             data, segmentation = data[:], np.full_like(segmentation[:], 999)
-            locations = {1: np.zeros((1, 4), int), 2: np.zeros((1, 4), int)}
+            locations = dict.fromkeys(properties["class_locations"], np.zeros((1, 4), int))
             for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
                 (folder / (case + suffix)).unlink()
             nnUNetDatasetBlosc2.save_case(
@@ -226,9 +210,8 @@ def assert_same(a, b, where=""):
 
 @pytest.mark.parametrize(
     "name, kind, configuration",
-    [(name, "labels", "2d") for name in TRAINERS]
-    + [(name, "regions", "3d_fullres") for name in TRAINERS]
-    + [
+    [
+        *((name, *where) for name in TRAINERS for where in EVERYWHERE),
         ("nnUNetTrainerMeanTeacher_predict_with=teacher_unlabeled_foreground_sampling=0.5_warm_up=0", "labels", "2d"),
         ("nnUNetTrainerCoraNet_preset=code_pretraining=0.4", "labels", "2d"),
         ("nnUNetTrainerDTML_supervision=both_warm_up=0", "labels", "2d"),

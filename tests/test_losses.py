@@ -94,13 +94,14 @@ def test_equation_1_cost_terms_literally(shape, problems, costs):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("problems", [1, 3])
 @pytest.mark.parametrize("costs", [(5.0, 1.0), (1.0, 5.0), (1.0, 1.0)])
-def test_cost_sensitive_dice_literally(shape, costs):
-    logits = torch.randn(2, 2, *shape)
-    truth = (torch.rand(2, 2, *shape) < 0.3).float()
+def test_cost_sensitive_dice_literally(shape, problems, costs):
+    logits = torch.randn(2, problems, *shape)
+    truth = (torch.rand(2, problems, *shape) < 0.3).float()
     valid = torch.rand(2, 1, *shape) < 0.8
     losses = []
-    for k in range(2):
+    for k in range(problems):
         hit = positive_errors = negative_errors = 0.0
         for b in range(2):
             for v in voxels(shape):
@@ -114,7 +115,7 @@ def test_cost_sensitive_dice_literally(shape, costs):
         if costs == (1.0, 1.0):
             dice = 2 * hit / (2 * hit + positive_errors + negative_errors)
             assert losses[-1] == pytest.approx(1 - dice)
-    assert float(cost_sensitive_dice(logits, truth, valid, *costs)) == pytest.approx(sum(losses) / 2, abs=1e-4)
+    assert float(cost_sensitive_dice(logits, truth, valid, *costs)) == pytest.approx(sum(losses) / problems, abs=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -175,29 +176,34 @@ def test_voxels_outside_of_the_mask_do_not_matter():
     assert logits.grad[mask.expand_as(logits)].any()
 
 
-def test_certain_is_where_the_heads_agree_in_every_problem():
-    conservative, radical = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("problems", [1, 3])
+def test_certain_is_where_the_heads_agree_in_every_problem(shape, problems):
+    conservative, radical = (torch.randn(2, problems, *shape) for _ in range(2))
     certain = agreement(conservative, radical)
     for b in range(2):
-        for v in voxels((4, 4)):
-            xor = any(bool(conservative[b, k][v] > 0) != bool(radical[b, k][v] > 0) for k in range(3))
+        for v in voxels(shape):
+            xor = any(bool(conservative[b, k][v] > 0) != bool(radical[b, k][v] > 0) for k in range(problems))
             assert bool(certain[b, 0][v]) == (not xor)
 
 
-def test_heteroscedastic_loss_literally():
-    mean, deviation = torch.randn(1, 2, 3, 3), torch.rand(1, 2, 3, 3)
-    truth, valid = (torch.rand(1, 2, 3, 3) < 0.5).float(), torch.rand(1, 1, 3, 3) < 0.7
-    noise = torch.randn(5, 1, 2, 3, 3)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("problems", [1, 3])
+def test_heteroscedastic_loss_literally(shape, problems):
+    mean, deviation = torch.randn(2, problems, *shape), torch.rand(2, problems, *shape)
+    truth, valid = (torch.rand(2, problems, *shape) < 0.5).float(), torch.rand(2, 1, *shape) < 0.7
+    noise = torch.randn(5, 2, problems, *shape)
+    certain = small_deviation(deviation, 0.5)
     total = 0.0
-    for k in range(2):
-        for v in voxels((3, 3)):
-            if valid[0, 0][v]:
-                draws = [1 / (1 + math.exp(-float(mean[0, k][v] + deviation[0, k][v] * e[0, k][v]))) for e in noise]
+    for b in range(2):
+        for v in voxels(shape):
+            assert bool(certain[b, 0][v]) == all(float(deviation[b, k][v]) < 0.5 for k in range(problems))
+            for k in range(problems if valid[b, 0][v] else 0):
+                draws = [1 / (1 + math.exp(-float(mean[b, k][v] + deviation[b, k][v] * e[b, k][v]))) for e in noise]
                 p = sum(draws) / len(draws)
-                total -= math.log(p if truth[0, k][v] else 1 - p)
+                total -= math.log(p if truth[b, k][v] else 1 - p)
     value = heteroscedastic_bce(mean, deviation, truth, valid, noise)
-    assert float(value) == pytest.approx(total / (2 * int(valid.sum())), rel=1e-5)
-    assert torch.equal(small_deviation(deviation, 0.5), (deviation < 0.5).all(1, keepdim=True))
+    assert float(value) == pytest.approx(total / (problems * int(valid.sum())), rel=1e-5)
 
 
 def test_masks_of_no_voxels_give_a_finite_loss_with_a_graph():

@@ -1,11 +1,12 @@
 """The methods' equations, read slowly: voxel by voxel, from the papers."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, short, train_steps
+from conftest import DATASETS, SHORT, flat, short, train_steps
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -28,9 +29,45 @@ from nnunet_semiseg.losses.regions import RegionLoss
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.second import PLAIN, RESIDUAL, second_plans
 from nnunet_semiseg.trainers.base import Unlabeled
+from nnunet_semiseg.trainers.registry import TRAINERS
 
 BOTH_SHAPES = pytest.mark.parametrize("shape", SHAPES)
 CLASSES = pytest.mark.parametrize("classes", [2, 4])
+KINDS = pytest.mark.parametrize("kind", ["labels", "regions"])
+ALL_KINDS = pytest.mark.parametrize("kind", DATASETS)
+
+
+def labels_of(kind, classes):
+    """As of a data set of conftest's kinds with so many classes or regions."""
+    return adapter(classes, "regions" in kind, classes if "ignore" in kind else None)
+
+
+@pytest.fixture
+def trainer_of(make_trainer):
+    """``trainer_of(name, kind, classes)``: a trainer whose losses take tensors of such a data set, of any shape."""
+
+    def start(name, kind, classes):
+        trainer = make_trainer(name)
+        trainer.initialize()
+        trainer.labels = labels_of(kind, classes)
+        trainer.companions.update(trainer.build_companions())
+        return trainer
+
+    return start
+
+
+def random_hard(kind, classes, shape, samples=2):
+    if "regions" in kind:
+        return torch.rand(samples, classes, *shape) < 0.5
+    return torch.randint(0, classes, (samples, 1, *shape))
+
+
+def random_target(kind, classes, shape, samples=2):
+    """As nnU-Net's, a fifth of it ignored where the kind has an ignore label."""
+    hard, ignored = random_hard(kind, classes, shape, samples), torch.rand(samples, 1, *shape) < 0.2
+    if "ignore" not in kind:
+        return hard
+    return torch.cat((hard, ignored), 1) if "regions" in kind else hard.masked_fill(ignored, classes)
 
 
 def softmax(values):
@@ -39,12 +76,68 @@ def softmax(values):
 
 
 def probabilities(logits, kind):
-    return [1 / (1 + math.exp(-x)) for x in logits] if kind == "regions" else softmax(logits)
+    return [1 / (1 + math.exp(-x)) for x in logits] if "regions" in kind else softmax(logits)
+
+
+def entropy(p, kind):
+    return -sum(q * math.log(q) for q in ([*p, *(1 - q for q in p)] if "regions" in kind else p))
+
+
+def decision(p, kind):
+    return [q > 0.5 for q in p] if "regions" in kind else p.index(max(p))
+
+
+def foreground(kind, classes):
+    return range(classes) if "regions" in kind else range(1, classes)
 
 
 def at(tensor, b, v):
     """The channels of a (B, C, *) tensor in one voxel, as numbers."""
     return [float(x) for x in tensor[(b, slice(None), *v)]]
+
+
+def is_class(hard, b, v, k, kind):
+    return bool(hard[b, k][v]) if "regions" in kind else int(hard[b, 0][v]) == k
+
+
+def is_ignored(target, b, v, classes, kind):
+    return "ignore" in kind and at(target, b, v)[-1] == (1 if "regions" in kind else classes)
+
+
+def everywhere(logits, kind):
+    """The probabilities by sample and voxel."""
+    return {(b, v): probabilities(at(logits, b, v), kind) for b in range(len(logits)) for v in voxels(logits.shape[2:])}
+
+
+def literal_ce(p, hard, weight, kind):
+    """Mean cross-entropy over weighted voxels, and over regions; ``p`` by sample and voxel."""
+    loss = total = 0.0
+    for (b, v), q in p.items():
+        w = float(weight[b, 0][v])
+        if "regions" in kind:
+            right = [x if is_class(hard, b, v, k, kind) else 1 - x for k, x in enumerate(q)]
+        else:
+            right = [q[int(hard[b, 0][v])]]
+        loss -= w * sum(map(math.log, right)) / len(right)
+        total += w
+    return loss / total
+
+
+def literal_dice(p, hard, weight, kind):
+    """Minus Dice of weighted voxels over the batch, mean over the foreground; ``p`` by sample and voxel."""
+    dice = []
+    for k in foreground(kind, len(next(iter(p.values())))):
+        overlap = sizes = 0.0
+        for (b, v), q in p.items():
+            y, w = is_class(hard, b, v, k, kind), float(weight[b, 0][v])
+            overlap, sizes = overlap + w * q[k] * y, sizes + w * (q[k] + y)
+        dice.append((2 * overlap + 1e-5) / (sizes + 1e-5))
+    return -sum(dice) / len(dice)
+
+
+PARTS = pytest.mark.parametrize(
+    "literal, part", [(literal_ce, dict(dice_weight=0.0)), (literal_dice, dict(ce_weight=0.0))], ids=["ce", "dice"]
+)
 
 
 # ------------------------------------------------------------------------------------------- entropy and percentiles
@@ -54,16 +147,10 @@ def at(tensor, b, v):
 @CLASSES
 def test_entropy_literally(shape, classes):
     logits = 3 * torch.randn(2, classes, *shape)
-    labels, regions = adapter(classes), adapter(classes, regions=True)
-    for b in range(2):
-        for v in voxels(shape):
-            p = softmax(at(logits, b, v))
-            expected = -sum(x * math.log(x) for x in p)
-            assert float(labels.entropy(logits)[b, 0][v]) == pytest.approx(expected, abs=1e-5)
-            q = [1 / (1 + math.exp(-x)) for x in at(logits, b, v)]
-            expected = -sum(x * math.log(x) + (1 - x) * math.log(1 - x) for x in q)
-            assert float(regions.entropy(logits)[b, 0][v]) == pytest.approx(expected, abs=1e-5)
-    for kind in (labels, regions):
+    for name in ("labels", "regions"):
+        kind = labels_of(name, classes)
+        for (b, v), p in everywhere(logits, name).items():
+            assert float(kind.entropy(logits)[b, 0][v]) == pytest.approx(entropy(p, name), abs=1e-5)
         of_probabilities = kind.probability_entropy(kind.probabilities(logits))
         torch.testing.assert_close(of_probabilities, kind.entropy(logits), atol=1e-5, rtol=1e-4)
         assert float(kind.entropy(torch.zeros(1, classes, 1, 1))) == pytest.approx(kind.max_entropy)
@@ -148,63 +235,38 @@ def test_deep_supervision_is_nnunets():
 # ------------------------------------------------------------------------------------------------- regions
 
 
-def literal_ce(logits, hard, weight):
-    """Sum of weights times cross-entropy, and sum of weights."""
-    loss = total = 0.0
-    for b in range(len(logits)):
-        for v in voxels(logits.shape[2:]):
-            w = float(weight[b, 0][v])
-            loss -= w * math.log(softmax(at(logits, b, v))[int(hard[b, 0][v])])
-            total += w
-    return loss, total
+@BOTH_SHAPES
+@CLASSES
+@KINDS
+@PARTS
+@pytest.mark.parametrize("favored", ["url", "crl", "none"])
+def test_equations_7_and_8_with_voxel_weights_literally(shape, classes, kind, literal, part, favored):
+    logits, hard = torch.randn(2, classes, *shape), random_hard(kind, classes, shape)
+    uncertain, valid = (torch.rand(2, 1, *shape) < p for p in (0.3, 0.8))
+    alpha, p = 0.25, everywhere(logits, kind)
+    weight = torch.zeros(2, 1, *shape)
+    for b, v in p:
+        m = bool(uncertain[b, 0][v])
+        w = {"url": 1 if m else alpha, "crl": alpha if m else 1, "none": 1}[favored]
+        weight[b, 0][v] = w * bool(valid[b, 0][v])
+    loss = RegionLoss(WeightedSegmentationLoss(labels_of(kind, classes), True, **part), False)
+    value = float(loss(logits, hard, uncertain, favored, alpha, valid))
+    assert value == pytest.approx(literal(p, hard, weight, kind), rel=1e-4)
 
 
 @BOTH_SHAPES
 @CLASSES
-@pytest.mark.parametrize("favored", ["url", "crl", "none"])
-def test_equations_7_and_8_with_voxel_weights_literally(shape, classes, favored):
-    logits = torch.randn(2, classes, *shape)
-    hard = torch.randint(0, classes, (2, 1, *shape))
+@KINDS
+@PARTS
+def test_equations_7_and_8_region_by_region_literally(shape, classes, kind, literal, part):
+    logits, hard = torch.randn(2, classes, *shape), random_hard(kind, classes, shape)
     uncertain, valid = (torch.rand(2, 1, *shape) < p for p in (0.3, 0.8))
-    alpha = 0.25
-    weight = torch.zeros(2, 1, *shape)
-    for b in range(2):
-        for v in voxels(shape):
-            m = bool(uncertain[b, 0][v])
-            w = {"url": 1 if m else alpha, "crl": alpha if m else 1, "none": 1}[favored]
-            weight[b, 0][v] = w * bool(valid[b, 0][v])
-    loss, total = literal_ce(logits, hard, weight)
-    labels = adapter(classes)
-    region_loss = RegionLoss(WeightedSegmentationLoss(labels, True, dice_weight=0), False)
-    assert float(region_loss(logits, hard, uncertain, favored, alpha, valid)) == pytest.approx(loss / total, rel=1e-4)
-
-    # Dice of the same weights.
-    dice = []
-    for k in range(1, classes):
-        overlap = sizes = 0.0
-        for b in range(2):
-            for v in voxels(shape):
-                p, y, w = softmax(at(logits, b, v))[k], int(hard[b, 0][v]) == k, float(weight[b, 0][v])
-                overlap, sizes = overlap + w * p * y, sizes + w * (p + y)
-        dice.append((2 * overlap + 1e-5) / (sizes + 1e-5))
-    region_loss = RegionLoss(WeightedSegmentationLoss(labels, True, ce_weight=0), False)
-    value = float(region_loss(logits, hard, uncertain, favored, alpha, valid))
-    assert value == pytest.approx(-sum(dice) / len(dice), rel=1e-4)
-
-
-@BOTH_SHAPES
-def test_equations_7_and_8_region_by_region_literally(shape):
-    logits, hard = torch.randn(2, 3, *shape), torch.randint(0, 3, (2, 1, *shape))
-    uncertain = torch.rand(2, 1, *shape) < 0.3
-    everywhere = torch.ones_like(uncertain)
-    parts = {}
-    for name, region in (("uncertain", uncertain), ("certain", ~uncertain)):
-        loss, total = literal_ce(logits, hard, region)
-        parts[name] = loss / total
-    loss = RegionLoss(WeightedSegmentationLoss(adapter(3), True, dice_weight=0), True)
-    url, crl = (float(loss(logits, hard, uncertain, favored, 0.5, everywhere)) for favored in ("url", "crl"))
-    assert url == pytest.approx(parts["uncertain"] + 0.5 * parts["certain"], rel=1e-5)
-    assert crl == pytest.approx(parts["certain"] + 0.5 * parts["uncertain"], rel=1e-5)
+    p = everywhere(logits, kind)
+    of_uncertain, of_certain = (literal(p, hard, valid & region, kind) for region in (uncertain, ~uncertain))
+    loss = RegionLoss(WeightedSegmentationLoss(labels_of(kind, classes), True, **part), True)
+    url, crl = (float(loss(logits, hard, uncertain, favored, 0.5, valid)) for favored in ("url", "crl"))
+    assert url == pytest.approx(of_uncertain + 0.5 * of_certain, rel=1e-4)
+    assert crl == pytest.approx(of_certain + 0.5 * of_uncertain, rel=1e-4)
 
 
 def test_the_two_readings_weigh_an_uncertain_voxel_contrarily():
@@ -256,87 +318,88 @@ def test_burl_takes_each_halfs_own_entropy(started, monkeypatch):
         assert torch.equal(pseudo, trainer.labels.hard(trainer.teacher(unlabeled.weak)[0]))
 
 
-# ---------------------------------------------------------------------------------- Pi-model and entropy minimization
+# -------------------------------------------------------------------- Mean Teacher, Pi-model and entropy minimization
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions"])
-def test_pi_model_literally(started, monkeypatch, kind):
-    trainer = started(f"nnUNetTrainerPiModel_warm_up=0_ramp_up=0_consistency_weight=7{SHORT}", kind)
-    channels, shape = trainer.labels.num_outputs, (5, 4)
-    outputs = [torch.randn(2, channels, *shape, requires_grad=True) for _ in range(2)]
-    answers = iter(outputs)
-    monkeypatch.setattr(trainer, "logits", lambda network, x: next(answers))
-    x = torch.randn(2, 1, *shape)
-    term = trainer.unsupervised_loss(Unlabeled(x, x))["consistency"]
-    total = 0.0
-    for b in range(2):
-        for v in voxels(shape):
-            first, second = (probabilities(at(output, b, v), kind) for output in outputs)
-            total += sum((p - q) ** 2 for p, q in zip(first, second))
-    assert float(term.value) == pytest.approx(total / outputs[0].numel(), rel=1e-4) and term.weight == 7
-    # Both looks learn.
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(term.value, outputs))
+@BOTH_SHAPES
+@CLASSES
+@KINDS
+@pytest.mark.parametrize("method", ["MeanTeacher", "PiModel"])
+def test_consistency_literally(trainer_of, monkeypatch, shape, classes, kind, method):
+    """The mean squared difference of the student on one view and, on the other, the teacher or the student itself."""
+    name = f"nnUNetTrainer{method}_warm_up=0_ramp_up=0.5_noise=0_consistency_weight=7{SHORT}"
+    trainer = trainer_of(name, kind, classes)
+    trainer.global_step = 1
+    weak, strong = (torch.randn(2, 1, *shape) for _ in range(2))
+    first, second = (torch.randn(2, classes, *shape, requires_grad=True) for _ in range(2))
+    other = trainer.teacher_network if method == "MeanTeacher" else trainer.network
+    looks = [(trainer.network, strong, first), (other, weak, second)]
+
+    def logits(network, x):
+        (output,) = (output for runs, view, output in looks if runs is network and torch.equal(view, x))
+        return output
+
+    monkeypatch.setattr(trainer, "logits", logits)
+    term = trainer.unsupervised_loss(Unlabeled(weak, strong))["consistency"]
+    p, q = (everywhere(output, kind) for output in (first, second))
+    total = sum((x - y) ** 2 for place in p for x, y in zip(p[place], q[place]))
+    assert float(term.value) == pytest.approx(total / first.numel(), rel=1e-4)
+    # (1 / 6) / 0.5 of the ramp.
+    assert term.weight == pytest.approx(7 * math.exp(-5 * (1 - 1 / 3) ** 2))
+    gradients = torch.autograd.grad(term.value, (first, second), allow_unused=True)
+    assert [g is not None and bool(g.any()) for g in gradients] == [True, method == "PiModel"]
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions"])
-def test_entropy_minimization_literally(started, monkeypatch, kind):
-    trainer = started(f"nnUNetTrainerEntropyMinimization_warm_up=0_ramp_up=0_entropy_weight=0.2{SHORT}", kind)
-    channels, shape = trainer.labels.num_outputs, (5, 4)
-    output = torch.randn(2, channels, *shape)
+@BOTH_SHAPES
+@CLASSES
+@KINDS
+def test_entropy_minimization_literally(trainer_of, monkeypatch, shape, classes, kind):
+    name = f"nnUNetTrainerEntropyMinimization_warm_up=0_ramp_up=0_entropy_weight=0.2{SHORT}"
+    trainer = trainer_of(name, kind, classes)
+    output, x = torch.randn(2, classes, *shape), torch.randn(2, 1, *shape)
     monkeypatch.setattr(trainer, "logits", lambda network, x: output)
-    x = torch.randn(2, 1, *shape)
     term = trainer.unsupervised_loss(Unlabeled(x, x))["entropy"]
-    total = 0.0
-    for b in range(2):
-        for v in voxels(shape):
-            p = probabilities(at(output, b, v), kind)
-            total -= sum(q * math.log(q) for q in p)
-            if kind == "regions":
-                total -= sum((1 - q) * math.log(1 - q) for q in p)
-    u_max = channels * math.log(2) if kind == "regions" else math.log(channels)
-    assert float(term.value) == pytest.approx(total / 40 / u_max, rel=1e-4) and term.weight == 0.2
+    total = sum(entropy(p, kind) for p in everywhere(output, kind).values())
+    u_max = classes * math.log(2) if kind == "regions" else math.log(classes)
+    assert float(term.value) == pytest.approx(total / x.numel() / u_max, rel=1e-4) and term.weight == 0.2
 
 
 # ------------------------------------------------------------------------------------------------------------- UA-MT
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions"])
+@BOTH_SHAPES
+@CLASSES
+@KINDS
 @pytest.mark.parametrize("option", ["", "_percentile=60", "_uncertainty=false"])
-def test_uamt_loss_literally(started, monkeypatch, kind, option):
-    trainer = started(f"nnUNetTrainerUAMT_warm_up=0_ramp_up=1_consistency_weight=2_passes=3{option}{SHORT}", kind)
+def test_uamt_loss_literally(trainer_of, monkeypatch, shape, classes, kind, option):
+    name = f"nnUNetTrainerUAMT_warm_up=0_ramp_up=1_consistency_weight=2_passes=3{option}{SHORT}"
+    trainer = trainer_of(name, kind, classes)
     trainer.global_step = 2
-    channels, shape = trainer.labels.num_outputs, (5, 4)
-    base = 8 * torch.randn(2, channels, *shape)
-    passes = [base + torch.randn(2, channels, *shape) for _ in range(3)]
-    student = torch.randn(2, channels, *shape)
+    base = 8 * torch.randn(2, classes, *shape)
+    passes = [base + torch.randn(2, classes, *shape) for _ in range(3)]
+    student = torch.randn(2, classes, *shape)
     answers = iter(passes)
     monkeypatch.setattr(trainer, "teacher_network", lambda x: next(answers))
     teacher = trainer.teacher_network
     monkeypatch.setattr(trainer, "logits", lambda network, x: network(x) if network is teacher else student)
     monkeypatch.setattr(trainer, "_run", lambda network, x: student)
 
-    def entropy(p):
-        if kind == "regions":
-            return -sum(x * math.log(x) + (1 - x) * math.log(1 - x) for x in p)
-        return -sum(x * math.log(x) for x in p)
-
     progress = 2 / 6
     threshold = (0.75 + 0.25 * math.exp(-5 * (1 - progress) ** 2)) * math.log(2)
+    several = [everywhere(output, kind) for output in (passes if "false" not in option else passes[:1])]
     total = count = 0.0
     for b in range(2):
-        means = {}
-        for v in voxels(shape):
-            several = [probabilities(at(p, b, v), kind) for p in (passes if "false" not in option else passes[:1])]
-            means[v] = [sum(values) / len(values) for values in zip(*several)]
-        entropies = {v: entropy(mean) for v, mean in means.items()}
+        means = {v: [sum(values) / len(several) for values in zip(*(p[b, v] for p in several))] for v in voxels(shape)}
+        entropies = {v: entropy(mean, kind) for v, mean in means.items()}
         if "percentile" in option:
             certain = sorted(entropies, key=entropies.get)[: math.ceil(0.6 * len(entropies))]
         else:
             certain = [v for v, u in entropies.items() if u < threshold or "false" in option]
         for v in certain:
             p = probabilities(at(student, b, v), kind)
-            total += sum((x - y) ** 2 for x, y in zip(p, means[v])) / channels
+            total += sum((x - y) ** 2 for x, y in zip(p, means[v])) / classes
             count += 1
+    assert 0 < count < base[:, 0].numel() or "false" in option
     x = torch.randn(2, 1, *shape)
     term = trainer.unsupervised_loss(Unlabeled(x, x))["consistency"]
     assert float(term.value) == pytest.approx(total / count, rel=1e-4)
@@ -394,96 +457,101 @@ def test_cuboids_reach_every_corner():
     assert masks.any(0).all()
 
 
-@pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
-def test_copy_paste_literally(started, monkeypatch, kind):
+@pytest.fixture
+def copy_paste(trainer_of, monkeypatch):
+    """``copy_paste(name, kind, classes, shape)``: a step of a trainer, its networks' outputs given, and what is in it.
+
+    ``terms()`` are those of the step; ``images`` are then the two mixed ones.
+    """
+
+    def start(name, kind, classes, shape):
+        trainer = trainer_of(short(f"nnUNetTrainer{name}_ramp_up=0"), kind, classes)
+        trainer.before_step()
+        data, weak, strong = (torch.randn(3, 1, *shape) for _ in range(3))
+        target, teacher = random_target(kind, classes, shape, 3), torch.randn(3, classes, *shape)
+        students = [torch.randn(3, classes, *shape, requires_grad=True) for _ in range(2)]
+        images, inside = [], trainer.cuboid(data)
+        monkeypatch.setattr(trainer, "next_unlabeled", lambda: Unlabeled(weak, strong))
+        monkeypatch.setattr(trainer, "teacher_network", {weak: teacher}.get)
+        monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
+        monkeypatch.setattr(trainer.network, "forward", lambda x: images.append(x) or students[len(images) - 1])
+        pseudo, _ = trainer.pseudo_labels(weak)
+        return SimpleNamespace(**locals(), terms=lambda: list(trainer.losses(data, target)))
+
+    return start
+
+
+def is_labeled(step, direction, v):
+    """First what is outside of the cuboid comes from labeled patches, then what is inside."""
+    return bool(step.inside[0, 0][v]) == bool(direction)
+
+
+@BOTH_SHAPES
+@CLASSES
+@ALL_KINDS
+def test_copy_paste_literally(copy_paste, monkeypatch, shape, classes, kind):
     """Every voxel of the mixed images, labels and regions, from where it should come."""
-    trainer = started(short("nnUNetTrainerBCP") + "_origin_normalized=true", kind)
-    batch = next(trainer.dataloader_train)
-    data, target = batch["data"], batch["target"][0]
-    n = len(data)
-    trainer.before_step()
-    unlabeled = trainer.next_unlabeled()
-    monkeypatch.setattr(trainer, "next_unlabeled", lambda: unlabeled)
-    pseudo, _ = trainer.pseudo_labels(unlabeled.weak)
-    inside = trainer.cuboid(data)
-    monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
+    step = copy_paste("BCP_origin_normalized=true", kind, classes, shape)
     seen = []
-    original = trainer.network.forward
-    monkeypatch.setattr(trainer.network, "forward", lambda x: seen.append({"image": x}) or original(x))
-    monkeypatch.setattr(trainer, "labeled_loss", lambda o, h, v: seen[-1].update(hard=h, labeled=v) or o[0].sum())
-    monkeypatch.setattr(trainer, "pseudo_loss", lambda o, h, v, e: seen[-1].update(pseudo=v) or o[0].sum())
-    terms = list(trainer.losses(data, batch["target"]))
-    assert [set(group) for group in terms] == [{"supervised_out", "pseudo_out"}, {"supervised_in", "pseudo_in"}]
+
+    def labeled_loss(outputs, hard, valid):
+        seen.append(dict(image=step.images[-1], hard=hard, labeled=valid))
+        return outputs.sum()
+
+    def pseudo_loss(outputs, hard, valid, labeling):
+        assert hard is seen[-1]["hard"]
+        seen[-1].update(pseudo=valid, labeling=labeling)
+        return outputs.sum()
+
+    monkeypatch.setattr(step.trainer, "labeled_loss", labeled_loss)
+    monkeypatch.setattr(step.trainer, "pseudo_loss", pseudo_loss)
+    terms = [set(group) for group in step.terms()]
+    assert terms == [{"supervised_out", "pseudo_out"}, {"supervised_in", "pseudo_in"}]
     for direction, group in enumerate(seen):
-        assert len(group["image"]) == n
-        for i in range(n):
-            # First labeled outside, unlabeled inside of the cuboid; then the other way round, with another partner.
-            partner = (i - direction) % n
-            for v in list(voxels(data.shape[2:]))[::7]:
-                in_box = bool(inside[0, 0][v])
-                is_labeled = in_box if direction else not in_box
-                expected = at(data, i, v) if is_labeled else at(unlabeled.strong, partner, v)
-                assert at(group["image"], i, v) == expected
-                ignored = False
-                if is_labeled:
-                    label = at(target, i, v)
-                    ignored = label[-1] == 1 if kind == "regions_ignore" else label == [3.0]
-                    label = label[:2] if kind == "regions_ignore" else label
-                else:
-                    label = at(pseudo, partner, v)
-                if not ignored:
-                    assert at(group["hard"], i, v) == label
-                assert bool(group["labeled"][i, 0][v]) == (is_labeled and not ignored)
-                assert bool(group["pseudo"][i, 0][v]) == (not is_labeled)
+        for i, v in everywhere(step.teacher, kind):
+            # Another partner in each direction.
+            partner = (i - direction) % 3
+            labeled = is_labeled(step, direction, v)
+            ignored = labeled and is_ignored(step.target, i, v, classes, kind)
+            image, hard = (step.data, step.target) if labeled else (step.strong, step.pseudo)
+            origin = i if labeled else partner
+            assert at(group["image"], i, v) == at(image, origin, v)
+            assert ignored or at(group["hard"], i, v) == at(hard, origin, v)[: step.pseudo.shape[1]]
+            assert bool(group["labeled"][i, 0][v]) == (labeled and not ignored)
+            assert bool(group["pseudo"][i, 0][v]) == (not labeled)
+            assert at(group["labeling"], i, v) == at(step.teacher, partner, v)
 
 
-@pytest.mark.parametrize("method", ["BCP", "BCPBURL"])
-def test_one_loss_weights_every_voxel_by_its_origin_and_region(started, monkeypatch, method):
+@BOTH_SHAPES
+@CLASSES
+@ALL_KINDS
+@pytest.mark.parametrize("method", ["BCP", "BCPBURL_percentile_labeled=60_percentile_unlabeled=40"])
+def test_one_loss_weights_every_voxel_by_its_origin_and_region(copy_paste, monkeypatch, shape, classes, kind, method):
     """1 and pseudo_weight in the mean; with regions the part that is not favored, by percentiles in each origin, has
     half the weight of the other."""
-    regions = "_percentile_unlabeled=80" if method == "BCPBURL" else ""
-    trainer = started(short(f"nnUNetTrainer{method}") + "_pseudo_weight=0.4" + regions, "ignore")
-    batch = next(trainer.dataloader_train)
-    trainer.global_step = trainer._total_steps
-    trainer.before_step()
-    trainer.phase_2_start = 0.0
-    inside = trainer.cuboid(batch["data"])
-    monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
-    unlabeled = trainer.next_unlabeled()
-    monkeypatch.setattr(trainer, "next_unlabeled", lambda: unlabeled)
-    _, labeling = trainer.pseudo_labels(unlabeled.weak)
-    seen, students, original = [], [], trainer.network.forward
-    monkeypatch.setattr(trainer.network, "forward", lambda x: students.append(original(x)) or students[-1])
-    monkeypatch.setattr(trainer, "host_loss", lambda o, h, w: seen.append(w) or o[0].sum())
-    groups = list(trainer.losses(batch["data"], batch["target"]))
-    assert [{name: term.weight for name, term in group.items()} for group in groups] == [
-        {"mixed_out": 0.5},
-        {"mixed_in": 0.5},
-    ]
-    for direction, (weights, outputs) in enumerate(zip(seen, students)):
-        expected_weights = []
-        for i in range(len(weights)):
-            partner = (i - direction) % len(weights)
-            box = inside[0, 0].numpy()
-            real = box if direction else ~box
-            valid = real & (batch["target"][0][i, 0].numpy() != 3)
-            expected = np.where(real, valid * 1.0, 1.0)
-            if method == "BCPBURL":
-
-                def entropy(logits, j):
-                    p = logits[j].detach().softmax(0).double().numpy()
-                    return -(p * np.log(np.maximum(p, 1e-12))).sum(0)
-
-                student, teacher = entropy(outputs[0], i), entropy(labeling, partner)
-                uncertain = student > np.percentile(student[valid], 95)
-                expected[valid & ~uncertain] *= 0.5
-                expected[~real & (teacher > np.percentile(teacher[~real], 80))] *= 0.5
-            expected_weights.append((real, valid, expected))
-        labeled = np.concatenate([e[valid] for _, valid, e in expected_weights]).mean()
-        pseudo = np.concatenate([e[~real] for real, _, e in expected_weights]).mean()
-        for i, (real, _, expected) in enumerate(expected_weights):
-            expected = np.where(real, expected / labeled, 0.4 * expected / pseudo)
-            assert np.mean(np.abs(weights[i, 0].numpy() - expected) > 0.02) < 0.01
+    step = copy_paste(f"{method}_pseudo_weight=0.4", kind, classes, shape)
+    weights, loss = [], step.trainer.host_loss
+    monkeypatch.setattr(step.trainer, "host_loss", lambda o, h, w: weights.append(w[:, 0]) or loss(o, h, w))
+    terms = [(name, *term) for group in step.terms() for name, term in group.items()]
+    assert [(name, share) for name, _, share in terms] == [("mixed_out", 0.5), ("mixed_in", 0.5)]
+    for direction, (found, student, (_, value, _)) in enumerate(zip(weights, step.students, terms)):
+        expected = torch.zeros_like(found)
+        for mean, labeled, percentage in ((1.0, True, 60), (0.4, False, 40)):
+            unscaled = {}
+            for i in range(3):
+                of_origin = [v for v in voxels(shape) if is_labeled(step, direction, v) == labeled]
+                if labeled:
+                    of_origin = [v for v in of_origin if not is_ignored(step.target, i, v, classes, kind)]
+                logits = student[i] if labeled else step.teacher[(i - direction) % 3]
+                u = {v: entropy(probabilities(at(logits[None], 0, v), kind), kind) for v in of_origin}
+                certain = sorted(u, key=u.get)[: math.ceil(percentage / 100 * len(u))]
+                unscaled |= {(i, *v): 0.5 if "BURL" in method and (v in certain) == labeled else 1.0 for v in u}
+            for place, w in unscaled.items():
+                expected[place] = w * mean * len(unscaled) / sum(unscaled.values())
+        torch.testing.assert_close(found, expected)
+        # Labels and pseudo labels teach, ignored voxels do not.
+        (gradient,) = torch.autograd.grad(value, student)
+        assert torch.equal(gradient.abs().sum(1) > 0, expected > 0)
 
 
 def test_pretraining_mixes_labeled_patches(started, monkeypatch):
@@ -576,27 +644,23 @@ def test_dtml_consistency_weights_are_equations_5_and_6(started):
     assert group["consistency_labeled"].weight == pytest.approx(0.8)
 
 
+@BOTH_SHAPES
+@CLASSES
+@KINDS
 @pytest.mark.parametrize("supervision", ["mask", "both"])
-def test_dtml_mask_loss_literally(started, supervision):
+def test_dtml_mask_loss_literally(trainer_of, shape, classes, kind, supervision):
     """Dice of 1 / (1 + exp(k z)); z = tanh(o / k), or tanh(o) where distances are learned. The output is -o."""
-    trainer = started(f"nnUNetTrainerDTML_warm_up=0_supervision={supervision}{SHORT}")
-    k, scale, shape = 1500, 1500 if supervision == "mask" else 1, (6, 5)
-    output = torch.randn(2, 3, *shape) * (3 if supervision == "mask" else 1e-3)
-    hard = torch.randint(0, 3, (2, 1, *shape))
-    valid = torch.rand(2, 1, *shape) < 0.8
-    sums = {}
-    for b in range(2):
-        for v in voxels(shape):
-            if valid[b, 0][v]:
-                for c in (1, 2):
-                    z = math.tanh(-at(output, b, v)[c] / scale)
-                    p, y = 1 / (1 + math.exp(k * z)), int(hard[b, 0][v]) == c
-                    overlap, sizes = sums.get((b, c), (0.0, 0.0))
-                    sums[b, c] = overlap + p * y, sizes + p + y
-    if trainer.configuration_manager.batch_dice:
-        sums = {c: [sum(sums[b, c][i] for b in range(2)) for i in range(2)] for c in (1, 2)}
-    dice = [(2 * overlap + 1e-5) / (sizes + 1e-5) for overlap, sizes in sums.values()]
-    assert float(trainer._mask_loss(output, hard, valid)) == pytest.approx(-sum(dice) / len(dice), rel=1e-3)
+    trainer = trainer_of(f"nnUNetTrainerDTML_warm_up=0_supervision={supervision}{SHORT}", kind, classes)
+    k, scale = 1500, 1500 if supervision == "mask" else 1
+    output = torch.randn(2, classes, *shape) * (3 if supervision == "mask" else 1e-3)
+    hard, valid = random_hard(kind, classes, shape), torch.rand(2, 1, *shape) < 0.8
+    p = {
+        (b, v): [1 / (1 + math.exp(k * math.tanh(-x / scale))) for x in at(output, b, v)]
+        for b in range(2)
+        for v in voxels(shape)
+    }
+    value = float(trainer._mask_loss(output, hard, valid))
+    assert value == pytest.approx(literal_dice(p, hard, valid, kind), rel=1e-4)
 
 
 def test_dtml_the_distance_network_keeps_learning_the_mask(started):
@@ -618,24 +682,51 @@ def test_dtml_refuses_a_distance_network_that_does_not_fit_the_plans(make_traine
         make_trainer("nnUNetTrainerDTML_setting=distance_second_network=resenc").initialize()
 
 
-def test_dtc_terms(started):
-    trainer = started(f"nnUNetTrainerDTC_warm_up=0_ramp_up=0_consistency_weight=0.8_distance_weight=0.3{SHORT}")
-    batch = next(trainer.dataloader_train)
-    terms = all_terms(trainer, batch)
-    assert {name: term.weight for name, term in terms.items()} == pytest.approx(
-        {"supervised": 1, "distance": 0.3, "consistency_labeled": 0.4, "consistency": 0.4}
-    )
-    outputs, z = trainer.both_tasks(batch["data"])
-    p, sdf = outputs[0].softmax(1), batch["target"][-1]
-    errors, differences = [], []
-    for b in range(len(z)):
-        for v in voxels(z.shape[2:]):
-            errors += [(x - y) ** 2 for x, y in zip(at(z, b, v), at(sdf, b, v))]
-            differences.append(
-                sum((q - 1 / (1 + math.exp(min(1500 * x, 700)))) ** 2 for x, q in zip(at(z, b, v), at(p, b, v)[1:]))
-            )
-    assert float(terms["distance"].value) == pytest.approx(np.mean(errors), rel=1e-3)
-    assert float(terms["consistency_labeled"].value) == pytest.approx(np.mean(differences), rel=1e-2)
+@BOTH_SHAPES
+@CLASSES
+@ALL_KINDS
+@pytest.mark.parametrize("method", ["DTC_distance_weight=0.3", "DTML_supervision=both"])
+def test_dual_tasks_literally(trainer_of, monkeypatch, shape, classes, kind, method):
+    """Squared error of distances on labels, and of the two tasks on all patches; no task is a target for the other."""
+    name = f"nnUNetTrainer{method}_warm_up=0_ramp_up=0_consistency_weight=0.8{SHORT}"
+    trainer = trainer_of(name, kind, classes)
+    channels = foreground(kind, classes)
+    images = [torch.randn(2, 1, *shape) for _ in range(2)]
+    logits = [torch.randn(2, classes, *shape, requires_grad=True) for _ in range(2)]
+    # So small that the steep masks have a gradient.
+    sdf, *distances = (1e-3 * torch.randn(2, len(channels), *shape, requires_grad=True) for _ in range(3))
+    target = random_target(kind, classes, shape)
+
+    def index(image):
+        return [image is other for other in images].index(True)
+
+    if "DTC" in method:
+        monkeypatch.setattr(trainer, "both_tasks", lambda x: ([logits[index(x)]], distances[index(x)]))
+    else:
+        background = torch.zeros(2, classes - len(channels), *shape)
+        monkeypatch.setattr(trainer.network, "forward", lambda x: [logits[index(x)]])
+        monkeypatch.setattr(trainer, "second", lambda x: [torch.cat((background, -distances[index(x)].atanh()), 1)])
+    monkeypatch.setattr(trainer, "loss", lambda outputs, target: outputs[0].mean())
+    monkeypatch.setattr(trainer, "next_unlabeled", lambda: Unlabeled(torch.empty(0), images[1]))
+    terms = all_terms(trainer, {"data": images[0], "target": [target, sdf]})
+    weights = {"supervised": 1, "distance": 0.3, "consistency_labeled": 0.4, "consistency": 0.4}
+    weights |= {} if "DTC" in method else {"distance": 1, "mask": 1}
+    assert {name: term.weight for name, term in terms.items()} == pytest.approx(weights)
+
+    errors, differences = [], ([], [])
+    for i, (values, z) in enumerate(zip(logits, distances)):
+        for (b, v), p in everywhere(values, kind).items():
+            if i == 0 and is_ignored(target, b, v, classes, kind):
+                continue
+            if i == 0:
+                errors += [(x - y) ** 2 for x, y in zip(at(z, b, v), at(sdf, b, v))]
+            masks = [1 / (1 + math.exp(1500 * x)) for x in at(z, b, v)]
+            differences[i].append(sum((p[c] - mask) ** 2 for c, mask in zip(channels, masks)))
+    assert float(terms["distance"].value) == pytest.approx(np.mean(errors), rel=1e-4)
+    for i, name in enumerate(("consistency_labeled", "consistency")):
+        assert float(terms[name].value) == pytest.approx(np.mean(differences[i]), rel=1e-4)
+        gradients = torch.autograd.grad(terms[name].value, (logits[i], distances[i]), retain_graph=True)
+        assert all(g.any() for g in gradients)
 
 
 @pytest.mark.parametrize("kind", ["labels", "regions"])
@@ -708,25 +799,17 @@ def test_the_networks_start_apart(started, option):
 
 @BOTH_SHAPES
 @CLASSES
+@KINDS
 @pytest.mark.parametrize("part", ["ce", "dice", "both"])
-def test_cps_losses_literally(started, shape, classes, part):
-    trainer = started(short("nnUNetTrainerCPS") + f"_pseudo_loss={part}")
-    trainer.labels = adapter(classes)
-    trainer.configuration_manager.configuration["batch_dice"] = True
-    trainer.build_companions()
-    logits, hard = torch.randn(2, classes, *shape), torch.randint(0, classes, (2, 1, *shape))
-    everywhere = torch.ones(2, 1, *shape, dtype=torch.bool)
-    loss, total = literal_ce(logits, hard, everywhere)
-    dice = []
-    for k in range(1, classes):
-        overlap = sizes = 0.0
-        for b in range(2):
-            for v in voxels(shape):
-                p, y = softmax(at(logits, b, v))[k], int(hard[b, 0][v]) == k
-                overlap, sizes = overlap + p * y, sizes + p + y
-        dice.append((2 * overlap + 1e-5) / (sizes + 1e-5))
-    expected = (part != "dice") * loss / total - (part != "ce") * sum(dice) / len(dice)
-    assert float(trainer.pseudo_loss(logits, hard, everywhere)) == pytest.approx(expected, rel=1e-4)
+def test_cps_losses_literally(trainer_of, shape, classes, kind, part):
+    trainer = trainer_of(short("nnUNetTrainerCPS") + f"_pseudo_loss={part}", kind, classes)
+    logits, hard = torch.randn(2, classes, *shape), random_hard(kind, classes, shape)
+    ones = torch.ones(2, 1, *shape, dtype=torch.bool)
+    literal = dict(ce=literal_ce, dice=literal_dice)
+    expected = sum(
+        literal[name](everywhere(logits, kind), hard, ones, kind) for name in literal if part in (name, "both")
+    )
+    assert float(trainer.pseudo_loss(logits, hard, ones)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_second_plans_go_there_and_back():
@@ -772,7 +855,7 @@ def literal_prototypes(features, labels, reliable):
 def literal_contrast(unit, prototypes, labels, reliable):
     losses = []
     for b, v in unit:
-        if not reliable[b][v]:
+        if not reliable[b][v] and int(labels[b][v]) in prototypes:
             distances = [math.dist(unit[b, v], prototypes[k]) for k in sorted(prototypes)]
             p = softmax([-d for d in distances])
             losses.append(-math.log(p[sorted(prototypes).index(int(labels[b][v]))]))
@@ -780,34 +863,34 @@ def literal_contrast(unit, prototypes, labels, reliable):
 
 
 @BOTH_SHAPES
-def test_prototypes_literally(shape):
+@CLASSES
+def test_prototypes_literally(shape, classes):
     features = torch.randn(2, 5, *shape)
-    labels = torch.randint(0, 3, (2, *shape))
+    # The last class is absent.
+    labels = torch.randint(0, classes, (2, *shape))
     reliable = torch.rand(2, *shape) < 0.6
-    chosen = sample_voxels(labels, reliable, 4, 10**6)
+    chosen = sample_voxels(labels, reliable, classes + 1, 10**6)
     assert sorted(chosen.tolist()) == reliable.flatten().nonzero()[:, 0].tolist()
-    means, present = class_means(gather_features(features, chosen), labels.flatten()[chosen], 4)
+    means, present = class_means(gather_features(features, chosen), labels.flatten()[chosen], classes + 1)
     unit, prototypes = literal_prototypes(features, labels, reliable)
-    for k in range(3):
-        torch.testing.assert_close(means[k], torch.tensor(prototypes[k]))
-    assert present.tolist() == [True, True, True, False]
+    assert [k for k in range(classes + 1) if present[k]] == sorted(prototypes)
+    for k, prototype in prototypes.items():
+        torch.testing.assert_close(means[k], torch.tensor(prototype))
 
-    uncertain = sample_voxels(labels, ~reliable, 4, 10**6)
+    uncertain = sample_voxels(labels, ~reliable, classes + 1, 10**6)
     value = prototype_contrast(gather_features(features, uncertain), labels.flatten()[uncertain], means, present)
     assert float(value) == pytest.approx(literal_contrast(unit, prototypes, labels, reliable), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions"])
-def test_contrast_of_labels_and_of_each_region(started, kind):
+@BOTH_SHAPES
+@CLASSES
+@KINDS
+def test_contrast_of_labels_and_of_each_region(trainer_of, shape, classes, kind):
     """Prototypes of the winner's labels, vectors drawn to the network's own; regions are problems of two classes."""
-    trainer = started(f"nnUNetTrainerDualStream{SHORT}", kind)
+    trainer = trainer_of(f"nnUNetTrainerDualStream{SHORT}", kind, classes)
     width = trainer.companions["prototypes_second"].means.shape[-1]
-    features, shape = torch.randn(2, width, 6, 5), (2, 1, 6, 5)
-    reliable = torch.rand(shape) < 0.6
-    if kind == "labels":
-        pseudo, own = torch.randint(0, 3, shape), torch.randint(0, 3, shape)
-    else:
-        pseudo, own = torch.rand(2, 2, 6, 5) < 0.5, torch.rand(2, 2, 6, 5) < 0.5
+    features, reliable = torch.randn(2, width, *shape), torch.rand(2, 1, *shape) < 0.6
+    pseudo, own = (random_hard(kind, classes, shape) for _ in range(2))
     losses = []
     for taught, guessed in zip(pseudo.long().unbind(1), own.long().unbind(1)):
         unit, prototypes = literal_prototypes(features, taught, reliable[:, 0])
@@ -871,55 +954,44 @@ def test_prototype_memory_is_a_moving_average_that_knows_absent_classes():
     assert plain is first and known.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions"])
-def test_equations_4_and_5_literally(started, kind):
-    trainer = started(f"nnUNetTrainerDualStream_confidence=0.6{SHORT}", kind)
-    channels, shape = trainer.labels.num_outputs, (6, 5)
-    logits = [2 * torch.randn(2, channels, *shape) for _ in range(2)]
+@BOTH_SHAPES
+@CLASSES
+@KINDS
+def test_equations_4_and_5_literally(trainer_of, shape, classes, kind):
+    trainer = trainer_of(f"nnUNetTrainerDualStream_confidence=0.6{SHORT}", kind, classes)
+    logits = [2 * torch.randn(2, classes, *shape) for _ in range(2)]
+    first, second = (everywhere(x, kind) for x in logits)
     total = count = 0.0
-    for b in range(2):
-        for v in voxels(shape):
-            if kind == "labels":
-                p = [softmax(at(x, b, v)) for x in logits]
-                differ = p[0].index(max(p[0])) != p[1].index(max(p[1]))
-                sure = all(max(x) > 0.6 for x in p)
-            else:
-                p = [[1 / (1 + math.exp(-x)) for x in at(x, b, v)] for x in logits]
-                differ = any((x > 0.5) != (y > 0.5) for x, y in zip(*p))
-                sure = all(max(x, 1 - x) > 0.6 for q in p for x in q)
-            if differ and sure:
-                total += sum(abs(x - y) for x, y in zip(*p)) / channels
-                count += 1
+    for place, p in first.items():
+        q = second[place]
+        sure = [max(x, 1 - x) for x in p + q] if kind == "regions" else [max(p), max(q)]
+        if decision(p, kind) != decision(q, kind) and min(sure) > 0.6:
+            total += sum(abs(x - y) for x, y in zip(p, q)) / classes
+            count += 1
     assert count > 0
     value = trainer.disagreement(logits, [trainer.labels.hard(x) for x in logits])
     assert float(value) == pytest.approx(total / count, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions"])
-def test_mistake_terms_literally(started, kind):
+@BOTH_SHAPES
+@CLASSES
+@ALL_KINDS
+def test_mistake_terms_literally(trainer_of, shape, classes, kind):
     """Squared error of the foreground's probabilities where the decisions differ."""
-    trainer = started(f"{short('nnUNetTrainerDualStream')}_mistake_weight=0.5", kind)
-    shape = (6, 5)
-    logits = [2 * torch.randn(2, trainer.labels.num_outputs, *shape) for _ in range(2)]
-    if kind == "labels":
-        target = torch.randint(0, 3, (2, 1, *shape))
-    else:
-        target = torch.randint(0, 2, (2, trainer.labels.num_outputs, *shape))
-    sums, count = [0.0, 0.0], 0
-    for b in range(2):
-        for v in voxels(shape):
-            p = [probabilities(at(x, b, v), kind) for x in logits]
-            if kind == "labels":
-                differ, y = len({q.index(max(q)) for q in p}) > 1, [int(target[b, 0][v]) == k for k in (1, 2)]
-                p = [q[1:] for q in p]
-            else:
-                differ, y = any((q > 0.5) != (r > 0.5) for q, r in zip(*p)), [int(x) for x in at(target, b, v)]
-            if differ:
-                count += 1
-                sums = [total + np.mean([(a - c) ** 2 for a, c in zip(q, y)]) for total, q in zip(sums, p)]
+    trainer = trainer_of(f"{short('nnUNetTrainerDualStream')}_mistake_weight=0.5", kind, classes)
+    logits = [2 * torch.randn(2, classes, *shape) for _ in range(2)]
+    target = random_target(kind, classes, shape)
+    first, second = (everywhere(x, kind) for x in logits)
+    sums, count = np.zeros(2), 0
+    for (b, v), p in first.items():
+        q = second[b, v]
+        if decision(p, kind) != decision(q, kind) and not is_ignored(target, b, v, classes, kind):
+            count += 1
+            channels = foreground(kind, classes)
+            sums += [np.mean([(x[k] - is_class(target, b, v, k, kind)) ** 2 for k in channels]) for x in (p, q)]
     terms = trainer.mistake_terms(logits, target)
     assert count > 0 and [term.weight for term in terms.values()] == [0.5, 0.5]
-    assert [float(term.value) for term in terms.values()] == pytest.approx([total / count for total in sums], rel=1e-4)
+    assert [float(term.value) for term in terms.values()] == pytest.approx(list(sums / count), rel=1e-4)
 
 
 @pytest.mark.parametrize("taught", ["both", "loser"])
@@ -950,45 +1022,45 @@ def test_the_winner_labels_in_its_reliable_region(started, monkeypatch, taught):
 # -------------------------------------------------------------------------------------------------- degenerate batches
 
 
-@pytest.mark.parametrize("image", ["constant", "noise"])
-@pytest.mark.parametrize("kind", ["labels", "regions_ignore"])
-@pytest.mark.parametrize(
-    "method",
-    [
-        "MeanTeacher",
-        "UAMT",
-        "EntropyMinimization",
-        "PiModel",
-        "MeanTeacherBURL",
-        "BCP",
-        "BCPBURL",
-        "CPS",
-        "DTML",
-        "DTC",
-        "DualStream",
-    ],
-)
-def test_degenerate_batches_stay_finite(started, monkeypatch, method, kind, image):
-    """No foreground in labels, all ignored (where there is an ignore label), constant images."""
-    trainer = started(short(f"nnUNetTrainer{method}"), kind)
-    batch = next(trainer.dataloader_train)
-    original = trainer.next_unlabeled
+def filled(target, fill, labels):
+    """One of a batch's targets with background alone, all ignored, or with the first class in place of the second."""
+    target, one_class = target.clone(), fill == "one class"
+    if not one_class:
+        target.zero_()
+    if target.is_floating_point():
+        # Signed distances: 1 without an object, not known where the label is not.
+        target[:, int(one_class) :] = torch.nan if fill == "ignored" else 1.0
+    elif fill == "ignored":
+        target[:, -1] = True if labels.has_regions else labels.ignore_label
+    elif one_class and labels.has_regions:
+        target[:, 1] = False
+    elif one_class:
+        target[target == 2] = 1
+    return target
 
-    def next_unlabeled():
-        weak, strong = original()
-        if image == "constant":
-            weak, strong = torch.zeros_like(weak), torch.zeros_like(strong)
-        return Unlabeled(weak, strong)
 
-    monkeypatch.setattr(trainer, "next_unlabeled", next_unlabeled)
-    for fill in ("background", "ignored"):
-        targets = [torch.zeros_like(t) for t in batch["target"]]
-        if fill == "ignored" and kind == "regions_ignore":
-            for t in targets[: -1 if method == "DTC" else None]:
-                if not t.is_floating_point():
-                    t[:, -1] = True
-        trainer.train_step({**batch, "data": torch.zeros_like(batch["data"]), "target": targets})
-    assert trainer._non_finite_total == 0
+@pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
+@pytest.mark.parametrize("name", [*TRAINERS, "nnUNetTrainerDTML_supervision=both"])
+def test_degenerate_batches_stay_finite(started, monkeypatch, name, kind):
+    """Labels without foreground, without one class or all ignored, each also in constant images; a single sample."""
+    trainer = started(short(name), kind)
+    batch, draw = next(trainer.dataloader_train), trainer.draw_unlabeled
+    fills = ["background", "one class", *(["ignored"] if "ignore" in kind else [])]
+    cases = [(fill, contrast, len(batch["data"])) for fill in fills for contrast in (0, 1)] + [("one class", 1, 1)]
+    for fill, contrast, n in cases:
+
+        def draw_some(contrast=contrast, n=n):
+            return {name: value[:n] if name == "keys" else contrast * value[:n] for name, value in draw().items()}
+
+        monkeypatch.setattr(trainer, "draw_unlabeled", draw_some)
+        target = [filled(t, fill, trainer.labels)[:n] for t in batch["target"]]
+        assert trainer.labels.without_ignored(target[0])[1].any() == (fill != "ignored")
+        # CoraNet draws new patches in the first step.
+        trainer.global_step = 0
+        trainer.train_step({"data": contrast * batch["data"][:n], "target": target, "keys": batch["keys"][:n]})
+        assert trainer._non_finite_total == 0, (fill, contrast, n)
+        assert len(trainer._unlabeled_keys) == n
+    assert torch.isfinite(flat(trainer.network)).all()
 
 
 def test_uamt_without_a_certain_voxel(started, monkeypatch):
@@ -997,17 +1069,6 @@ def test_uamt_without_a_certain_voxel(started, monkeypatch):
     monkeypatch.setattr(trainer, "certain", lambda teacher: torch.zeros_like(original(teacher)))
     train_steps(trainer, 1)
     assert trainer._non_finite_total == 0 and trainer._epoch_sums["consistency"] == [0.0]
-
-
-@pytest.mark.parametrize("method", ["BCP", "BCPBURL"])
-def test_copy_paste_of_a_single_sample(started, monkeypatch, method):
-    trainer = started(short(f"nnUNetTrainer{method}"))
-    batch = next(trainer.dataloader_train)
-    original = trainer.next_unlabeled
-    monkeypatch.setattr(trainer, "next_unlabeled", lambda: Unlabeled(*(x[:1] for x in original())))
-    one = {"data": batch["data"][:1], "target": [t[:1] for t in batch["target"]], "keys": batch["keys"][:1]}
-    trainer.train_step(one)
-    assert trainer._non_finite_total == 0 and "mixed_in" in trainer._epoch_sums
 
 
 @pytest.mark.parametrize("favored", ["url", "crl"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, flat, make_case, short, train_steps
+from conftest import EVERYWHERE, SHORT, UNLABELED_TERMS, flat, make_case, short, train_steps
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
@@ -20,31 +20,33 @@ STUDENT, SECOND, BOTH = {"student"}, {"second"}, {"student", "second"}
 CONSISTENCY = {"supervised": STUDENT, "consistency": STUDENT}
 PSEUDO = {"supervised": STUDENT, "pseudo": STUDENT}
 COPY_PASTE = dict.fromkeys(("mixed_out", "mixed_in"), STUDENT)
+BY_ORIGIN = dict.fromkeys(("supervised_out", "pseudo_out", "supervised_in", "pseudo_in"), STUDENT)
+CORANET, HEADS = {**CONSISTENCY, "certain": STUDENT}, {"student", "heads"}
+DTML = {"supervised": STUDENT, "mask": SECOND, "consistency_labeled": BOTH, "consistency": BOTH}
 DISTANCE = {"student", "distance_head"}
 TERMS = {
     "MeanTeacher": CONSISTENCY,
     "UAMT": CONSISTENCY,
     "PiModel": CONSISTENCY,
     "EntropyMinimization": {"supervised": STUDENT, "entropy": STUDENT},
-    "CoraNet": {
-        **CONSISTENCY,
-        "conservative": {"student", "heads"},
-        "radical": {"student", "heads"},
-        "certain": STUDENT,
+    "CoraNet": {**CORANET, **dict.fromkeys(("conservative", "radical"), HEADS)},
+    "CoraNet_all_heads=true": {
+        **CORANET,
+        **dict.fromkeys(("conservative", "radical", "conservative_certain", "radical_certain", "consistency"), HEADS),
     },
+    "CoraNet_uncertainty=aleatoric": {**CORANET, "aleatoric": HEADS},
     "MeanTeacherBURL": PSEUDO,
+    "MeanTeacherBURL_region_normalized=true": PSEUDO,
     "BCP": COPY_PASTE,
+    "BCP_origin_normalized=true": BY_ORIGIN,
     "BCPBURL": COPY_PASTE,
+    "BCPBURL_origin_normalized=true": BY_ORIGIN,
+    "BCPBURL_region_normalized=true": BY_ORIGIN,
     "CPS": {"supervised": STUDENT, "supervised_second": SECOND, "cross_first": STUDENT, "cross_second": SECOND},
-    "DTML": {
-        "supervised": STUDENT,
-        "mask": SECOND,
-        "distance": SECOND,
-        "consistency_labeled": BOTH,
-        "consistency": BOTH,
-    },
+    "DTML": DTML,
+    "DTML_supervision=both": {**DTML, "distance": SECOND},
     "DTC": {"supervised": STUDENT, "distance": DISTANCE, "consistency_labeled": DISTANCE, "consistency": DISTANCE},
-    "DualStream": {
+    "DualStream_mistake_weight=0.5_confidence=0.3": {
         "supervised": STUDENT,
         "supervised_second": SECOND,
         "mistake_first": STUDENT,
@@ -56,11 +58,10 @@ TERMS = {
         "contrast_second": SECOND,
     },
 }
-MORE = {"DualStream": "_mistake_weight=0.5_confidence=0.3", "DTML": "_supervision=both"}
 
 
 def test_every_method_is_in_the_table():
-    assert {f"nnUNetTrainer{name}" for name in TERMS} == set(TRAINERS)
+    assert {f"nnUNetTrainer{name.split('_')[0]}" for name in TERMS} == set(TRAINERS)
 
 
 def perturb(module, amount=0.05):
@@ -69,18 +70,19 @@ def perturb(module, amount=0.05):
             parameter.add_(amount * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions_ignore"])
+@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions_ignore", "3d_fullres")])
 @pytest.mark.parametrize("method", TERMS)
-def test_each_term_trains_the_networks_it_should_and_no_others(started, method, kind):
+def test_each_term_trains_the_networks_it_should_and_no_others(started, method, kind, configuration):
     torch.manual_seed(0)
-    trainer = started(short(f"nnUNetTrainer{method}") + MORE.get(method, ""), kind, "2d")
+    trainer = started(short(f"nnUNetTrainer{method}"), kind, configuration)
     train_steps(trainer, 2)
+    assert trainer._non_finite_total == 0
     # No two networks agree.
     for companion in trainer.companions.values():
         perturb(companion)
     batch = next(trainer.dataloader_train)
     trainer.global_step = 3
-    if method == "CoraNet":
+    if method.startswith("CoraNet"):
         trainer.before_step()
         original = trainer.next_unlabeled
         trainer.next_unlabeled = lambda: {**original(), "certain": torch.rand(batch["data"].shape) < 0.5}
@@ -123,24 +125,8 @@ def test_presets_are_settings_that_a_name_could_have(name, preset):
 def test_presets_train(started, name, preset):
     trainer = started(f"{name}_preset={preset}{SHORT}")
     train_steps(trainer, trainer._total_steps)
-    unlabeled = {"consistency", "certain", "mixed_in", "pseudo_in", "cross_first", "pseudo_first"}
     assert trainer._non_finite_total == 0
-    assert bool(unlabeled & set(trainer._epoch_sums)) == trainer.needs_unlabeled()
-
-
-@pytest.mark.parametrize(
-    "method, terms",
-    [
-        ("BCP_origin_normalized=true", {"supervised_out", "pseudo_out", "supervised_in", "pseudo_in"}),
-        ("BCPBURL_region_normalized=true", {"supervised_out", "pseudo_out", "supervised_in", "pseudo_in"}),
-        ("MeanTeacherBURL_region_normalized=true", {"supervised", "pseudo"}),
-    ],
-)
-def test_losses_of_regions_and_origins_train(started, method, terms):
-    name, option = method.split("_", 1)
-    trainer = started(f"{short('nnUNetTrainer' + name)}_{option}", "regions_ignore")
-    train_steps(trainer, 2)
-    assert trainer._non_finite_total == 0 and terms <= set(trainer._epoch_sums)
+    assert bool(UNLABELED_TERMS & set(trainer._epoch_sums)) == trainer.needs_unlabeled()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +146,7 @@ def test_settings_without_unlabeled_data_need_none(make_trainer, option):
 # What switches a method's unlabeled half off, where its supervised part is nnU-Net's own.
 OFF = {
     "MeanTeacher": "_consistency_weight=0",
+    "CoraNet": "_setting=seg_head_gradient=0",
     "UAMT": "_consistency_weight=0",
     "PiModel": "_consistency_weight=0",
     "EntropyMinimization": "_entropy_weight=0",
@@ -175,19 +162,22 @@ OFF = {
 
 @pytest.fixture(scope="module")
 def vanilla():
-    """Weights of the student after four steps of Mean Teacher with weight 0, which equal stock nnU-Net's."""
+    """By kind and configuration: the student after four steps of Mean Teacher with weight 0, which equals stock
+    nnU-Net's."""
     return {}
 
 
+@pytest.mark.parametrize("where", [("labels", "2d"), ("regions", "3d_fullres"), ("regions_ignore", "2d")], ids="-".join)
 @pytest.mark.parametrize("method", OFF)
-def test_switched_off_the_student_trains_as_in_stock_nnunet(started, vanilla, method):
-    trainer = started(f"nnUNetTrainer{method}{OFF[method]}{SHORT}")
-    train_steps(trainer, 4)
-    if not vanilla:
-        reference = started(f"nnUNetTrainerMeanTeacher_consistency_weight=0{SHORT}")
-        train_steps(reference, 4)
-        vanilla["weights"] = flat(reference.network)
-    assert torch.equal(flat(trainer.network), vanilla["weights"])
+def test_switched_off_the_student_trains_as_in_stock_nnunet(started, vanilla, method, where):
+    def train(method):
+        trainer = started(f"nnUNetTrainer{method}{OFF[method]}{SHORT}", *where)
+        train_steps(trainer, 4)
+        return flat(trainer.network)
+
+    if where not in vanilla:
+        vanilla[where] = train("MeanTeacher")
+    assert torch.equal(train(method), vanilla[where])
 
 
 def predict(folder: Path, image: np.ndarray) -> np.ndarray:
@@ -197,7 +187,6 @@ def predict(folder: Path, image: np.ndarray) -> np.ndarray:
     return predictor.predict_single_npy_array(image[None], {"spacing": [1.0, 1.0, 1.0]}, None, None, True)
 
 
-EVERYWHERE = [("labels", "2d"), ("labels", "3d_fullres"), ("regions", "2d"), ("regions", "3d_fullres")]
 # Settings with another head or another network that predicts.
 VARIANTS = ["nnUNetTrainerDTML_supervision=both", "nnUNetTrainerDTML_setting=distance_supervision=distance"]
 WALKS = [(name, *where) for name in TRAINERS for where in EVERYWHERE]

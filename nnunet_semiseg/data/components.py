@@ -20,7 +20,8 @@ def keep_largest_components(hard: torch.Tensor, labels: LabelAdapter) -> torch.T
     Returns:
         The same shape, type and device.
     """
-    array = hard.cpu().numpy().astype(np.uint8 if labels.has_regions else np.uint16)
+    # A copy whose channels can be written to in place, whatever the layout of the input.
+    array = np.array(hard.cpu(), np.uint8 if labels.has_regions else np.uint16, order="C")
     connectivity = 8 if array.ndim == 4 else 26
     for channel in array.reshape(-1, *array.shape[2:]):
         # Touching components of different labels are told apart, so one pass does for all classes.

@@ -68,9 +68,10 @@ def prototype_contrast(
     keep = present[labels]
     if present.sum() < 2 or not keep.any():
         return vectors.sum() * 0.0 + prototypes.sum() * 0.0
-    # Not cdist: its gradient at distance 0 is not a number.
-    difference = vectors[keep][:, None] - prototypes[None]
-    distances = (difference.square().sum(2) + 1e-12).sqrt()
+    vectors = vectors[keep]
+    # |v - c|^2 without a tensor of (N, K, F). Not cdist: its gradient at distance 0 is not a number.
+    squares = vectors.square().sum(1)[:, None] + prototypes.square().sum(1) - 2 * vectors @ prototypes.T
+    distances = squares.clamp(min=1e-12).sqrt()
     return F.cross_entropy((-distances).masked_fill(~present, -torch.inf), labels[keep])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from nnunetv2.utilities.helpers import softmax_helper_dim1
-from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits as binary_ce
 
 from nnunet_semiseg.labels import LabelAdapter
 
@@ -32,11 +33,10 @@ class WeightedSegmentationLoss:
         self.has_regions = labels.has_regions
         self.sums_regions = labels.ignore_label is not None
         nonlinearity = torch.sigmoid if labels.has_regions else softmax_helper_dim1
-        # Ranks are averaged by the training step.
+        # As nnU-Net's, a Dice over the batch is one over all ranks.
         self.dice = MemoryEfficientSoftDiceLoss(
-            nonlinearity, batch_dice=batch_dice, do_bg=labels.has_regions, smooth=1e-5, ddp=False
+            nonlinearity, batch_dice=batch_dice, do_bg=labels.has_regions, smooth=1e-5, ddp=dist.is_initialized()
         )
-        self.binary_ce = nn.BCEWithLogitsLoss(reduction="none")
         self.ce = RobustCrossEntropyLoss(reduction="none")
 
     def __call__(self, logits: torch.Tensor, hard: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -47,20 +47,23 @@ class WeightedSegmentationLoss:
             weight: (B, 1, *) bool or float, not negative. Where it is 0, labels and logits do not matter.
 
         Returns:
-            A scalar; 0 with a graph if all weights are 0.
+            A scalar, whose gradient is 0 if all weights are 0. All ranks have to call it equally often.
         """
         logits, weight = logits.float(), weight.float()
         total = weight.sum()
-        if total == 0:
+        if total == 0 and not self.dice.ddp:
             return logits.sum() * 0.0
         loss = 0.0
         if self.ce_weight > 0:
-            if self.has_regions:
-                ce = self.binary_ce(logits, hard.float())
-                ce = ce.sum(1, keepdim=True) if self.sums_regions else ce.mean(1, keepdim=True)
+            total = total.clamp(min=1e-8)
+            if not self.has_regions:
+                ce = (self.ce(logits, hard)[:, None] * weight).sum() / total
+            elif self.sums_regions:
+                ce = (binary_ce(logits, hard.float(), reduction="none") * weight).sum() / total
             else:
-                ce = self.ce(logits, hard)[:, None]
-            loss = self.ce_weight * (ce * weight).sum() / total
+                # In this order it is nnU-Net's to the last bit where weights are equal, the gradient as well.
+                ce = binary_ce(logits, hard.float(), weight.expand_as(logits)) * (weight.numel() / total)
+            loss = self.ce_weight * ce
         if self.dice_weight > 0:
             loss = loss + self.dice_weight * self.dice(logits, hard, loss_mask=weight)
         return loss

@@ -230,6 +230,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return self.network.module if self.is_ddp else self.network
 
     @property
+    def trained_networks(self) -> tuple[nn.Module, ...]:
+        """The networks that learn to segment, as they are run: the student, and a second network beside it."""
+        return (self.student,)
+
+    @property
     def teacher(self) -> EMATeacher | None:
         return dict(self.companions).get("teacher")
 

@@ -68,7 +68,7 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
     * One Dice for a mixed patch, of the foreground classes, as nnU-Net's. The paper has one for each origin
       (``origin_normalized``): slivers of an organ that the cuboid's edge cuts off then count as much as the whole organ
       on the other side.
-    * Labeled patches are not mixed while pretraining, which measured better (docs/results.md).
+    * Labeled patches are not mixed while pretraining; mixing them measured no better (docs/results.md).
     * Unlabeled patches are centered on predicted foreground with the probability that nnU-Net's labeled ones have. A
       few cases are predicted in each epoch, so that in a short run many have no foreground yet.
     * Phase 2 starts when every class is found in labeled patches (``min_recall``), so that pseudo labels do not teach

@@ -45,7 +45,7 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
 
     Decided:
 
-    * The cross terms begin when network A finds every class in labeled patches (``min_recall``): labels of networks
+    * The cross terms begin when both networks find every class in labeled patches (``min_recall``): labels of networks
       that know background alone teach just that.
     * Unlabeled patches only, as in the medical implementations; the original also takes the labeled ones.
     * With ``student_view=strong``, labels come from the weak view: two more forward passes without a gradient.
@@ -76,14 +76,13 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
 
     def losses(self, data, target):
         yield self.supervised_loss(data, target)
-        with self.autocast():
-            yield {"supervised_second": Term(self.loss(self.second(data), target))}
+        yield self.supervised_loss(data, target, network=1)
         if self.uses_unlabeled():
             yield from self.cross_losses(self.next_unlabeled())
 
     def cross_losses(self, unlabeled):
         """The two cross terms, a backward pass each."""
-        networks = (self.student, self.second)
+        networks = self.trained_networks
         if self.options.student_view == "strong":
             with torch.no_grad():
                 hard = [self.labels.hard(self.logits(network, unlabeled.weak)) for network in networks]

@@ -15,7 +15,7 @@ from nnunet_semiseg.trainers.options import option
 
 @dataclass(frozen=True)
 class DistanceOptions(RampOptions):
-    consistency_weight: float = option(1.0, "largest weight of the cross-task consistency", low=0.0)
+    consistency_weight: float = option(0.33, "largest weight of the cross-task consistency", low=0.0)
     steepness: float = option(
         1500.0, "k of the smooth mask sigmoid(-k z); hardly matters where z is learned from masks alone", low=1.0
     )

@@ -10,7 +10,7 @@ from torch import nn
 from nnunet_semiseg.losses.distance import distance_error
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
-from nnunet_semiseg.trainers.base import SemiSupervisedTrainer, Term
+from nnunet_semiseg.trainers.base import WHOLE_RUN, SemiSupervisedTrainer, Term
 from nnunet_semiseg.trainers.distance_task import DistanceOptions, DistanceTask
 from nnunet_semiseg.trainers.options import option
 
@@ -18,6 +18,10 @@ from nnunet_semiseg.trainers.options import option
 @dataclass(frozen=True)
 class DTCOptions(DistanceOptions):
     distance_weight: float = option(0.3, "weight of the supervised distance regression (beta)", low=0.0)
+    preset: str = option("default", "code: weight 1, ramp over the whole run", choices=("default", "code"))
+
+
+DTCOptions.PRESETS = {"code": dict(consistency_weight=1.0, **WHOLE_RUN)}
 
 
 class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
@@ -28,8 +32,7 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
 
     * z: one map for each foreground class or region, negative inside; SDF: signed distance of the labels, divided by a
       constant (``max_distance``).
-    * lambda(t): Gaussian ramp-up to ``consistency_weight``; 1 and beta = 0.3 are the published code's, which ramps over
-      the whole run (``warm_up=0_ramp_up=1``).
+    * lambda(t): Gaussian ramp-up to ``consistency_weight``. beta = 0.3 is the published code's.
 
     Corrected: the paper's inverse transform has the wrong sign for distances that are negative inside; the code's
     distances are divided by the patch's own maximum, are 0 everywhere in a patch without foreground, and NaN in a patch

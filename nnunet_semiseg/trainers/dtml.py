@@ -24,10 +24,11 @@ HEAD_DEVIATION = 1e-3
 class DTMLOptions(SecondNetworkOptions, DistanceOptions):
     preset: str = option(
         "default",
-        "paper: consistency weight 0.1; code: 1 in both networks' losses, which adds up to 2",
+        "paper: ramp over the whole run; code: also consistency weight 1 in both networks' losses, which adds up to 2",
         choices=("default", "paper", "code"),
     )
     supervision: str = option("mask", "what M_d learns from labels (Table 1)", choices=("mask", "distance", "both"))
+    consistency_weight: float = option(0.1, "largest weight of the cross-task consistency", low=0.0)
     setting: str = option(
         "full",
         "rows of Table 2: segmentation or distance: that network alone; labeled: consistency on labeled data only",
@@ -57,8 +58,8 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
     Corrected or decided, against paper and published code:
 
     * Eq. 2 has the wrong sign for distances that are negative inside: sigmoid(-k z).
-    * lambda(t) lacks the square of the Gaussian ramp-up. The paper's maximum is 0.1, the code's 1; the code adds the
-      same term to both losses and back-propagates both, so it works as 2.
+    * lambda(t) lacks the square of the Gaussian ramp-up. The paper's maximum is 0.1, which is the default here. The
+      code's is 1, but it adds the same term to both losses and back-propagates both, so it works as 2.
     * Distances are divided by a constant (``max_distance``), not by the patch's own maximum.
     * The output of M_d is -o, with a background channel that stays 0. Its argmax is the mask of z < 0, so that M_d is a
       plain nnU-Net too (see TwoNetworkTrainer).
@@ -85,12 +86,11 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
             nn.init.zeros_(layer.bias)
             if not self.labels.has_regions:
                 nn.init.zeros_(layer.weight[:1])
-        # The mean over ranks is the training step's.
         self.mask_dice = MemoryEfficientSoftDiceLoss(
             lambda x: mask_of_distance(self.distance_of(x), self.options.steepness),
             batch_dice=self.configuration_manager.batch_dice,
             smooth=1e-5,
-            ddp=False,
+            ddp=self.is_ddp,
         )
         self.mask_loss = self.deeply_supervised(self._mask_loss)
         return {"second": second}

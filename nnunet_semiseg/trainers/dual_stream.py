@@ -79,7 +79,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
       features to the prototypes; y^_v is the network's own argmax there. A prototype is the mean feature of reliable
       voxels of a class. Both sides have gradients: the softmax pulls voxels to their prototype and pushes prototypes
       apart. With regions, each region has two prototypes, inside and outside.
-    * lambda(t): Gaussian ramp-up to the weights. It begins when the plans' network finds every class in labeled patches
+    * lambda(t): Gaussian ramp-up to the weights. It begins when both networks find every class in labeled patches
       (``min_recall``).
 
     The published code is no guide: it detaches the predictions and computes the prototypes without gradient, so that
@@ -127,9 +127,8 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         return max(o.pseudo_weight, o.disagreement_weight, o.contrast_weight) > 0
 
     def losses(self, data, target):
-        outputs = [self.labeled_outputs(data, target)]
+        outputs = [self.labeled_outputs(data, target, network) for network in range(2)]
         with self.autocast():
-            outputs.append(self.second(data))
             supervised = [self.loss(output, target) for output in outputs]
         terms = {"supervised": Term(supervised[0]), "supervised_second": Term(supervised[1])}
         if self.options.mistake_weight > 0:
@@ -174,7 +173,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         logits = [full_resolution(outputs) for outputs, _ in results]
         if o.student_view == "strong":
             with torch.no_grad():
-                labeling = self.logits((self.student, self.second)[winner], unlabeled.weak)
+                labeling = self.logits(self.trained_networks[winner], unlabeled.weak)
         else:
             labeling = logits[winner].detach()
         pseudo = self.labels.hard(labeling)

@@ -78,8 +78,7 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     def teacher_logits(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) of the teacher, on the weak view with noise."""
         with self.random_stream:
-            noisy = clamped_noise(weak, self.options.noise)
-        return self.logits(self.teacher_network, noisy)
+            return self.logits(self.teacher_network, clamped_noise(weak, self.options.noise))
 
     def unsupervised_loss(self, unlabeled: Unlabeled):
         teacher = self.labels.probabilities(self.teacher_logits(unlabeled.weak))

@@ -18,6 +18,10 @@ from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOption
 @dataclass(frozen=True)
 class MeanTeacherBURLOptions(RegionOptions, TeacherOptions, PretrainingOptions):
     pseudo_weight: float = option(0.5, "largest weight of the loss on pseudo labels", low=0.0)
+    preset: str = option("default", "paper: pseudo labels have weight 1 from the start", choices=("default", "paper"))
+
+
+MeanTeacherBURLOptions.PRESETS = {"paper": dict(pseudo_weight=1.0, pretraining=0.0, min_recall=0.0, ramp_up=0.0)}
 
 
 class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTrainerMeanTeacher):
@@ -35,10 +39,11 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTraine
     * Eq. 3 lacks the minus sign, without which the certain voxels would be called uncertain; U is one map, the sum over
       classes.
     * Eqs. 5 to 8 multiply labels by masks, which would turn voxels into background; here both sides of the loss are
-      masked, as the text says.
+      masked, as the text says. Eq. 6 prints Y^l for Y^u.
     * One student learns from both halves; the teacher is its moving average with theta_t = a theta_t-1 +
       (1 - a) theta_s. (Eq. 10 has the two exchanged, and sections 3.2 to 3.4 call the student a teacher.)
-    * Percentiles are taken in each sample, over voxels that are not ignored. Where a patch reaches beyond the image,
+    * The percentiles, 95 for labels and 99 for pseudo labels, are the paper's for ACDC; for LA both are 95.
+    * They are taken in each sample, over voxels that are not ignored. Where a patch reaches beyond the image,
       padding counts as well: nnU-Net does not tell it from background.
     * Voxel weights by default; Eqs. 7 and 8 read as two normalized losses are ``region_normalized``.
     * Eq. 9 has weight 1 and no ramp. Here it rises to ``pseudo_weight``, and begins when every class is found in

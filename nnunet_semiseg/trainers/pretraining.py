@@ -29,8 +29,9 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
     """The frame of methods that teach themselves with pseudo labels of a pretrained network.
 
     Phase 2 starts when ``pretraining`` of the run is done and every class is found in labeled patches with
-    ``min_recall``: pseudo labels of a network that does not find a class yet teach that there is none. Recall is that
-    of the last epoch; of a class which that epoch's patches lack, that of the last epoch with it.
+    ``min_recall`` by all ``trained_networks``: pseudo labels of a network that does not find a class yet teach that
+    there is none. Recall is that of the last epoch; of a class which that epoch's patches lack, that of the last epoch
+    with it.
 
     A method with a supervised loss of its own counts recall in it; one with more to do in between overrides
     ``start_phase_2``.
@@ -44,7 +45,7 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
         self.knows_classes = self.options.min_recall == 0
         super().initialize()
         self.recall = dict.fromkeys(self.class_names, 0.0)
-        self._recall_counts = torch.zeros(2, self.labels.num_foreground, device=self.device)
+        self._recall_counts = torch.zeros(len(self.trained_networks), 2, self.labels.num_foreground, device=self.device)
 
     def start_phase_2(self) -> None:
         """Called once, before the first step of phase 2."""
@@ -57,34 +58,34 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
         """From exp(-5) at the start of phase 2 to 1: SGD with momentum 0.99 takes a jump in the loss badly."""
         return ramp_up_between(self.progress, self.phase_2_start, self.options.ramp_up)
 
-    def supervised_loss(self, data, target):
-        outputs = self.labeled_outputs(data, target)
+    def supervised_loss(self, data, target, network: int = 0):
+        outputs = self.labeled_outputs(data, target, network)
         with self.autocast():
-            return {"supervised": Term(self.loss(outputs, target))}
+            return {("supervised", "supervised_second")[network]: Term(self.loss(outputs, target))}
 
-    def labeled_outputs(self, data: torch.Tensor, target):
-        """The student's outputs on the labeled batch; what it finds of each class counts for ``min_recall``."""
+    def labeled_outputs(self, data: torch.Tensor, target, network: int = 0):
+        """Outputs of one of ``trained_networks`` on the labeled batch; what it finds counts for ``min_recall``."""
         with self.autocast():
-            outputs = self.student(data)
+            outputs = self.trained_networks[network](data)
         if not self.knows_classes:
             hard, valid = self.labels.without_ignored(full_resolution(target))
-            self.count_hard_recall(outputs, hard, valid)
+            self.count_hard_recall(outputs, hard, valid, network)
         return outputs
 
-    def count_hard_recall(self, outputs, hard: torch.Tensor, valid: torch.Tensor) -> None:
+    def count_hard_recall(self, outputs, hard: torch.Tensor, valid: torch.Tensor, network: int = 0) -> None:
         """``count_recall`` of the outputs' decisions. ``valid``: (B, 1, *) bool, the voxels that count."""
         found = self.labels.hard(full_resolution(outputs).detach())
-        self.count_recall(self.labels.one_vs_rest(found)[0], self.labels.one_vs_rest(hard)[0] * valid)
+        self.count_recall(self.labels.one_vs_rest(found)[0], self.labels.one_vs_rest(hard)[0] * valid, network)
 
     @torch.no_grad()
-    def count_recall(self, found: torch.Tensor, present: torch.Tensor) -> None:
-        """Count the labeled voxels of each class, and those of them that are found.
+    def count_recall(self, found: torch.Tensor, present: torch.Tensor, network: int = 0) -> None:
+        """Count the labeled voxels of each class, and those of them that one of ``trained_networks`` finds.
 
         Args:
             found, present: (B, K, *) bool or float in {0, 1}.
         """
         axes = [0, *range(2, present.ndim)]
-        self._recall_counts += torch.stack(((found * present).sum(axes), present.sum(axes)))
+        self._recall_counts[network] += torch.stack(((found * present).sum(axes), present.sum(axes)))
 
     def before_step(self):
         if self.phase_2_start is None and self.uses_unlabeled():
@@ -99,7 +100,8 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
         if not self.knows_classes:
             if self.is_ddp:
                 dist.all_reduce(self._recall_counts)
-            for name, found, present in zip(self.class_names, *self._recall_counts.tolist()):
+            # All networks see the same labels; the worst one counts.
+            for name, found, present in zip(self.class_names, *self._recall_counts.amin(0).tolist()):
                 if present > 0:
                     self.recall[name] = found / present
             recall = {name: self.recall[name] for name in self.class_names if name not in self.absent_classes}

@@ -57,6 +57,10 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     def build_companions(self):
         return {"second": self.build_second()}
 
+    @property
+    def trained_networks(self):
+        return self.student, self.second
+
     def writes_second(self) -> bool:
         """False for a setting of the method in which only one of the networks learns."""
         return True

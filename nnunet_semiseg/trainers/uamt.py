@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nnunet_semiseg.losses.consistency import clamped_noise, masked_squared_distance
+from nnunet_semiseg.losses.consistency import masked_squared_distance
 from nnunet_semiseg.losses.ramps import gaussian_ramp_up
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.ema import unwrap
@@ -68,12 +68,9 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
             return network(data)
         return forward_with_features(unwrap(network), data, self.options.dropout)[0]
 
-    @torch.no_grad()
-    def teacher_logits(self, weak):
-        if self.options.dropout == 0:
-            return super().teacher_logits(weak)
-        with self.random_stream, self.autocast():
-            return full_resolution(self._run(self.teacher.module, clamped_noise(weak, self.options.noise)))
+    def logits(self, network, data):
+        with self.autocast():
+            return full_resolution(self._run(network, data))
 
     def teacher_mean(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) mean probabilities over the stochastic passes."""
@@ -98,8 +95,6 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
         teacher = self.teacher_mean(unlabeled.weak)
         certain = self.certain(teacher)
         self.monitor("certain_voxels", certain.float().mean())
-        with self.autocast():
-            outputs = self._run(self.student, self.student_input(unlabeled))
-        student = self.labels.probabilities(full_resolution(outputs))
+        student = self.labels.probabilities(self.logits(self.student, self.student_input(unlabeled)))
         distance = masked_squared_distance(student, teacher, certain) / self.labels.num_outputs
         return {"consistency": Term(distance, self.unsupervised_weight())}

@@ -1,6 +1,6 @@
 """Time of the signed distances of one patch, all measured in one run.
 
-    python scripts/benchmark_signed_distance.py [--size 128] [--classes 13] [--max-distance 10 20 40] [--repeats 5]
+    python scripts/benchmark_signed_distance.py [--size 128] [--classes 13] [--max-distance 20 40 64] [--repeats 5]
 
 The patch is a cube of ellipsoids at random places. The straightforward way is scipy's transform of the full volume,
 twice per class. The ways take turns, and medians are compared, so that a change in the machine's load falls on all of
@@ -51,7 +51,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128, help="voxels along each side of the patch")
     parser.add_argument("--classes", type=int, default=13)
-    parser.add_argument("--max-distance", type=float, nargs="+", default=[10.0, 20.0, 40.0], help="in voxels")
+    parser.add_argument("--max-distance", type=float, nargs="+", default=[20.0, 40.0, 64.0], help="in voxels")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
 

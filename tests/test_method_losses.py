@@ -48,9 +48,8 @@ def trainer_of(make_trainer):
 
     def start(name, kind, classes):
         trainer = make_trainer(name)
-        trainer.initialize()
         trainer.labels = labels_of(kind, classes)
-        trainer.companions.update(trainer.build_companions())
+        trainer.initialize()
         return trainer
 
     return start
@@ -380,9 +379,7 @@ def test_uamt_loss_literally(trainer_of, monkeypatch, shape, classes, kind, opti
     student = torch.randn(2, classes, *shape)
     answers = iter(passes)
     monkeypatch.setattr(trainer, "teacher_network", lambda x: next(answers))
-    teacher = trainer.teacher_network
-    monkeypatch.setattr(trainer, "logits", lambda network, x: network(x) if network is teacher else student)
-    monkeypatch.setattr(trainer, "_run", lambda network, x: student)
+    monkeypatch.setattr(trainer.network, "forward", lambda x: student)
 
     progress = 2 / 6
     threshold = (0.75 + 0.25 * math.exp(-5 * (1 - progress) ** 2)) * math.log(2)
@@ -476,7 +473,18 @@ def copy_paste(trainer_of, monkeypatch):
         monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
         monkeypatch.setattr(trainer.network, "forward", lambda x: images.append(x) or students[len(images) - 1])
         pseudo, _ = trainer.pseudo_labels(weak)
-        return SimpleNamespace(**locals(), terms=lambda: list(trainer.losses(data, target)))
+        return SimpleNamespace(
+            trainer=trainer,
+            data=data,
+            target=target,
+            strong=strong,
+            teacher=teacher,
+            students=students,
+            images=images,
+            inside=inside,
+            pseudo=pseudo,
+            terms=lambda: list(trainer.losses(data, target)),
+        )
 
     return start
 
@@ -582,6 +590,7 @@ def test_largest_component_of_each_class(regions, shape):
         else:
             hard = torch.from_numpy(random.choice(3, (2, 1, *shape), p=(0.7, 0.2, 0.1)))
         kept = keep_largest_components(hard, labels)
+        assert torch.equal(keep_largest_components(hard.mT.contiguous().mT, labels), kept)
         assert kept.dtype == hard.dtype and kept.shape == hard.shape
         for b in range(2):
             for k in range(labels.num_foreground):
@@ -977,7 +986,7 @@ def test_equations_4_and_5_literally(trainer_of, shape, classes, kind):
 @CLASSES
 @ALL_KINDS
 def test_mistake_terms_literally(trainer_of, shape, classes, kind):
-    """Squared error of the foreground's probabilities where the decisions differ."""
+    """Squared error of a foreground class's probabilities where one network alone is at least 0.6 sure of it."""
     trainer = trainer_of(f"{short('nnUNetTrainerDualStream')}_mistake_weight=0.5", kind, classes)
     logits = [2 * torch.randn(2, classes, *shape) for _ in range(2)]
     target = random_target(kind, classes, shape)
@@ -985,10 +994,10 @@ def test_mistake_terms_literally(trainer_of, shape, classes, kind):
     sums, count = np.zeros(2), 0
     for (b, v), p in first.items():
         q = second[b, v]
-        if decision(p, kind) != decision(q, kind) and not is_ignored(target, b, v, classes, kind):
-            count += 1
-            channels = foreground(kind, classes)
-            sums += [np.mean([(x[k] - is_class(target, b, v, k, kind)) ** 2 for k in channels]) for x in (p, q)]
+        for k in foreground(kind, classes):
+            if (p[k] >= 0.6) != (q[k] >= 0.6) and not is_ignored(target, b, v, classes, kind):
+                count += 1
+                sums += [(x[k] - is_class(target, b, v, k, kind)) ** 2 for x in (p, q)]
     terms = trainer.mistake_terms(logits, target)
     assert count > 0 and [term.weight for term in terms.values()] == [0.5, 0.5]
     assert [float(term.value) for term in terms.values()] == pytest.approx(list(sums / count), rel=1e-4)

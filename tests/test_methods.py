@@ -220,3 +220,28 @@ def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind,
         assert not np.array_equal(predict(second, image)[1], probabilities)
         shutil.rmtree(second)
     shutil.rmtree(model)
+
+
+@pytest.mark.parametrize("method, worse", [("CoraNet", 0), ("CPS", 0), ("CPS", 1), ("DualStream", 1)])
+def test_pretraining_goes_on_until_every_class_is_known_to_every_network(started, method, worse):
+    trainer = started(f"nnUNetTrainer{method}_pretraining=0_min_recall=0.5_num_iterations_per_epoch=2_3epochs_seed=1")
+    unlabeled = {"certain", "cross_first", "pseudo_first"}
+    # An epoch without a class says nothing of it; before the first one with it, it is not known.
+    trainer.on_train_epoch_end([{"loss": np.zeros(())}])
+    assert not trainer.knows_classes
+    for knows_core, expected in ((False, False), (True, True)):
+        trainer.on_train_epoch_start()
+        train_steps(trainer, 2)
+        assert not unlabeled & set(trainer._epoch_sums)
+        found, present = trainer._recall_counts.unbind(1)
+        assert (present > 0).all() and (found <= present).all() and torch.equal(present[0], present[-1])
+        found.copy_(present)
+        found[worse] *= torch.tensor([0.9, 0.6 if knows_core else 0.4])
+        trainer.on_train_epoch_end([{"loss": np.zeros(())}])
+        recall = {"ball": pytest.approx(0.9), "core": pytest.approx(0.6 if knows_core else 0.4)}
+        assert trainer.method_state() == {"phase_2_start": None, "knows_classes": expected, "recall": recall}
+        trainer.current_epoch += 1
+    trainer.on_train_epoch_start()
+    assert trainer.uses_unlabeled()
+    train_steps(trainer, 1)
+    assert trainer.phase_2_start == pytest.approx(4 / 6) and unlabeled & set(trainer._epoch_sums)

@@ -53,8 +53,8 @@ def set_global_state(state: dict) -> None:
 class RandomStream:
     """Random numbers of its own: inside of ``with stream:`` the global CPU generators are this stream's.
 
-    All that the unlabeled half draws comes from such a stream. The labeled half therefore sees the same patches and
-    augmentations whatever method runs, and the same as plain nnU-Net's.
+    Patches, augmentation and noise of the unlabeled half come from such a stream. The labeled half therefore sees the
+    same patches and augmentations whatever method runs, and the same as plain nnU-Net's (but for methods with dropout).
 
     Args:
         seed: None takes one from the operating system.

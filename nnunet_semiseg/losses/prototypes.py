@@ -69,8 +69,9 @@ def prototype_contrast(
     if present.sum() < 2 or not keep.any():
         return vectors.sum() * 0.0 + prototypes.sum() * 0.0
     vectors = vectors[keep]
-    # |v - c|^2 without a tensor of (N, K, F). Not cdist: its gradient at distance 0 is not a number.
-    squares = vectors.square().sum(1)[:, None] + prototypes.square().sum(1) - 2 * vectors @ prototypes.T
+    # One prototype after the other, without a tensor of (N, K, F). Not cdist: its gradient at distance 0 is not a
+    # number.
+    squares = torch.stack([(vectors - prototype).square().sum(1) for prototype in prototypes], 1)
     distances = squares.clamp(min=1e-12).sqrt()
     return F.cross_entropy((-distances).masked_fill(~present, -torch.inf), labels[keep])
 

@@ -47,11 +47,12 @@ class WeightedSegmentationLoss:
             weight: (B, 1, *) bool or float, not negative. Where it is 0, labels and logits do not matter.
 
         Returns:
-            A scalar, whose gradient is 0 if all weights are 0. All ranks have to call it equally often.
+            A scalar, whose gradient is 0 if all weights are 0. With ``batch_dice`` all ranks have to call it equally
+            often.
         """
         logits, weight = logits.float(), weight.float()
         total = weight.sum()
-        if total == 0 and not self.dice.ddp:
+        if total == 0 and not (self.dice.ddp and self.dice.batch_dice):
             return logits.sum() * 0.0
         loss = 0.0
         if self.ce_weight > 0:

@@ -32,7 +32,8 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
 
     * z: one map for each foreground class or region, negative inside; SDF: signed distance of the labels, divided by a
       constant (``max_distance``).
-    * lambda(t): Gaussian ramp-up to ``consistency_weight``. beta = 0.3 is the published code's.
+    * lambda(t): Gaussian ramp-up to ``consistency_weight``. beta = 0.3 is the published code's, which has one class and
+      weight 1. The squares are summed over classes: with three, 0.33 is the weight 1 of their mean.
 
     Corrected: the paper's inverse transform has the wrong sign for distances that are negative inside; the code's
     distances are divided by the patch's own maximum, are 0 everywhere in a patch without foreground, and NaN in a patch

@@ -35,7 +35,7 @@ class DualStreamOptions(SecondNetworkOptions, PretrainingOptions):
     taught: str = option("both", "the networks that learn them", choices=("both", "loser"))
     disagreement_weight: float = option(0.1, "largest weight of the term on confident disagreement", low=0.0)
     contrast_weight: float = option(0.1, "largest weight of the prototype term", low=0.0)
-    mistake_weight: float = option(0.0, "weight of the code's labeled term where the networks differ", low=0.0)
+    mistake_weight: float = option(0.0, "weight of the code's labeled term where one network alone is sure", low=0.0)
     unreliable: float = option(2.0, "percentage of voxels, those of highest entropy", low=0.0, high=100.0)
     confidence: float = option(0.6, "both networks are this sure where their disagreement counts", low=0.0, high=1.0)
     prototype_momentum: float = option(0.0, "moving average of prototypes; 0: of the batch alone", low=0.0, high=0.999)
@@ -98,7 +98,8 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
     * lambda_u is 1 in the paper, from the first step on, and L_reg is part of it. Here all terms have the ramp (that of
       ``preset=paper`` is over the whole run): wrong labels of an untrained network do less harm.
     * ``mistake_weight`` (0.5 in the code) is the one extra term that trained anything there: squared error to the
-      labels where the two networks differ.
+      labels where just one of the two networks is at least ``confidence`` sure of a foreground class. Each class has
+      its own such voxels; the code has one.
     * The checkpoint predicts with A. The paper's prediction is the mean of both: ``nnUNetv2_ensemble``
       computes it from the probabilities of A and B (see TwoNetworkTrainer).
     """
@@ -148,20 +149,20 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         return winner
 
     def mistake_terms(self, logits: list[torch.Tensor], target: torch.Tensor) -> dict[str, Term]:
-        """Squared error of the foreground's probabilities to the labels, where the two networks decide differently.
+        """Squared error of the foreground's probabilities to the labels, where just one network is sure of the class.
 
         Args:
             logits: (B, C, *) of each network.
             target: nnU-Net's, full resolution.
         """
         foreground, valid = self.labels.one_vs_rest(target)
-        differ = self.labels.differ(*(self.labels.hard(value.detach()) for value in logits)) & valid
-        terms = {}
-        for name, value in zip(("mistake_first", "mistake_second"), logits):
-            p = self.labels.foreground_channels(self.labels.probabilities(value))
-            error = (p - foreground).square().mean(1, keepdim=True)
-            terms[name] = Term(masked_mean(error, differ), self.options.mistake_weight)
-        return terms
+        p = [self.labels.foreground_channels(self.labels.probabilities(value)) for value in logits]
+        first, second = (value.detach() >= self.options.confidence for value in p)
+        differ = (first ^ second) & valid
+        return {
+            name: Term(masked_mean((value - foreground).square(), differ), self.options.mistake_weight)
+            for name, value in zip(("mistake_first", "mistake_second"), p)
+        }
 
     def unlabeled_terms(self, unlabeled, winner: int) -> dict[str, Term]:
         """All terms on unlabeled patches; ``winner`` as ``winner()`` returns it."""

@@ -18,10 +18,14 @@ from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOption
 @dataclass(frozen=True)
 class MeanTeacherBURLOptions(RegionOptions, TeacherOptions, PretrainingOptions):
     pseudo_weight: float = option(0.5, "largest weight of the loss on pseudo labels", low=0.0)
-    preset: str = option("default", "paper: pseudo labels have weight 1 from the start", choices=("default", "paper"))
+    preset: str = option(
+        "default", "paper: pseudo labels have weight 1 from the start, one view", choices=("default", "paper")
+    )
 
 
-MeanTeacherBURLOptions.PRESETS = {"paper": dict(pseudo_weight=1.0, pretraining=0.0, min_recall=0.0, ramp_up=0.0)}
+MeanTeacherBURLOptions.PRESETS = {
+    "paper": dict(pseudo_weight=1.0, pretraining=0.0, min_recall=0.0, ramp_up=0.0, student_view="weak")
+}
 
 
 class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTrainerMeanTeacher):

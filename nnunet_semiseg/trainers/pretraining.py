@@ -42,7 +42,7 @@ class TwoPhaseTrainer(SemiSupervisedTrainer):
     def initialize(self):
         # Progress at the start of phase 2, once it has started.
         self.phase_2_start: float | None = None
-        self.knows_classes = self.options.min_recall == 0
+        self.knows_classes = self.options.min_recall == 0 or not self.needs_unlabeled()
         super().initialize()
         self.recall = dict.fromkeys(self.class_names, 0.0)
         self._recall_counts = torch.zeros(len(self.trained_networks), 2, self.labels.num_foreground, device=self.device)

@@ -188,6 +188,7 @@ def state_of(trainer):
         "optimizer": trainer.optimizer.state_dict(),
         "log": {k: v for k, v in trainer.logger.local_logger.my_fantastic_logging.items() if "timestamp" not in k},
         "step": trainer.global_step,
+        "method": trainer.method_state(),
         "unlabeled random": trainer.random_stream.state(),
         "global random": (torch.get_rng_state(), np.random.get_state()[1]),
     }
@@ -215,6 +216,9 @@ def assert_same(a, b, where=""):
         ("nnUNetTrainerMeanTeacher_predict_with=teacher_unlabeled_foreground_sampling=0.5_warm_up=0", "labels", "2d"),
         ("nnUNetTrainerCoraNet_preset=code_pretraining=0.4", "labels", "2d"),
         ("nnUNetTrainerDTML_supervision=both_warm_up=0", "labels", "2d"),
+        # Killed before the classes are known, and known then without having been looked for again.
+        *((f"nnUNetTrainer{name}_pretraining=0", "labels", "2d") for name in ("BCP", "CPS", "CoraNet")),
+        ("nnUNetTrainerBCP_pretraining=0.5_min_recall=0.001", "labels", "2d"),
         ("nnUNetTrainerDTML_setting=distance_supervision=distance", "labels", "2d"),
     ],
 )

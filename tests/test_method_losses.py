@@ -1048,8 +1048,15 @@ def filled(target, fill, labels):
     return target
 
 
+SETTINGS = [
+    *("DTML_supervision=both", "BCP_origin_normalized=true", "BCPBURL_alpha_labeled=0_alpha_unlabeled=0"),
+    *("BCPBURL_region_normalized=true", "MeanTeacherBURL_region_normalized=true", "DualStream_mistake_weight=0.5"),
+    *("DualStream_unreliable=0", "DualStream_unreliable=100", "UAMT_percentile=100"),
+]
+
+
 @pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
-@pytest.mark.parametrize("name", [*TRAINERS, "nnUNetTrainerDTML_supervision=both"])
+@pytest.mark.parametrize("name", [*TRAINERS, *(f"nnUNetTrainer{setting}" for setting in SETTINGS)])
 def test_degenerate_batches_stay_finite(started, monkeypatch, name, kind):
     """Labels without foreground, without one class or all ignored, each also in constant images; a single sample."""
     trainer = started(short(name), kind)

@@ -1,5 +1,6 @@
-"""Every method: which networks each of its terms trains, and its walk from training to an exported model."""
+"""Every method: its terms' weights and the networks they train, and its walk from training to an exported model."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -60,8 +61,86 @@ TERMS = {
 }
 
 
-def test_every_method_is_in_the_table():
-    assert {f"nnUNetTrainer{name.split('_')[0]}" for name in TERMS} == set(TRAINERS)
+TWO_PHASES, RAMP = "_pretraining=0.25_min_recall=0_ramp_up=0.5", "_warm_up=0.25_ramp_up=0.5"
+HALF_WAY = math.exp(-5 * (1 - 0.5) ** 2)
+# The weights of terms half of the run in, in the middle of their ramp.
+WEIGHTS = {
+    f"MeanTeacher_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
+    f"UAMT_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
+    f"PiModel_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
+    f"EntropyMinimization_entropy_weight=0.7{RAMP}": dict(supervised=1, entropy=0.7 * HALF_WAY),
+    f"CoraNet_certain_weight=0.7_consistency_weight=0.3{TWO_PHASES}": dict(
+        supervised=1, conservative=1, radical=1, certain=0.7 * HALF_WAY, consistency=0.3 * HALF_WAY
+    ),
+    f"MeanTeacherBURL_pseudo_weight=0.7{TWO_PHASES}": dict(supervised=1, pseudo=0.7 * HALF_WAY),
+    # The mean of the two mixed patches; in one loss, voxels have the weights.
+    f"BCP_pseudo_weight=0.7{TWO_PHASES}": dict(mixed_out=0.5, mixed_in=0.5),
+    f"BCP_pseudo_weight=0.7_origin_normalized=true{TWO_PHASES}": dict(
+        supervised_out=0.5, pseudo_out=0.35 * HALF_WAY, supervised_in=0.5, pseudo_in=0.35 * HALF_WAY
+    ),
+    f"BCPBURL_pseudo_weight=0.7_region_normalized=true{TWO_PHASES}": dict(
+        supervised_out=0.5, pseudo_out=0.35 * HALF_WAY, supervised_in=0.5, pseudo_in=0.35 * HALF_WAY
+    ),
+    f"CPS_pseudo_weight=0.7{TWO_PHASES}": dict(
+        supervised=1, supervised_second=1, cross_first=0.7 * HALF_WAY, cross_second=0.7 * HALF_WAY
+    ),
+    # The consistency is the mean over labeled and unlabeled patches.
+    f"DTML_consistency_weight=0.7_supervision=both{RAMP}": dict(
+        supervised=1, mask=1, distance=1, consistency_labeled=0.35 * HALF_WAY, consistency=0.35 * HALF_WAY
+    ),
+    f"DTC_consistency_weight=0.7_distance_weight=0.3{RAMP}": dict(
+        supervised=1, distance=0.3, consistency_labeled=0.35 * HALF_WAY, consistency=0.35 * HALF_WAY
+    ),
+    f"DualStream_pseudo_weight=0.7_disagreement_weight=0.3_contrast_weight=0.2_mistake_weight=0.6{TWO_PHASES}": dict(
+        supervised=1,
+        supervised_second=1,
+        mistake_first=0.6,
+        mistake_second=0.6,
+        pseudo_first=0.7 * HALF_WAY,
+        pseudo_second=0.7 * HALF_WAY,
+        disagreement=0.3 * HALF_WAY,
+        contrast_first=0.2 * HALF_WAY,
+        contrast_second=0.2 * HALF_WAY,
+    ),
+}
+
+
+def test_every_method_is_in_the_tables():
+    for table in (TERMS, WEIGHTS):
+        assert {f"nnUNetTrainer{name.split('_')[0]}" for name in table} == set(TRAINERS)
+
+
+def half_way(trainer):
+    """A trainer whose ramp began after a quarter of the run, before the step after half of it."""
+    for share in (4, 2):
+        trainer.global_step, trainer.current_epoch = trainer._total_steps // share, trainer.num_epochs // share
+        trainer.before_step()
+    return trainer
+
+
+SCHEDULE = "_4epochs_num_iterations_per_epoch=2_num_val_iterations_per_epoch=1_seed=7"
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_weights_of_the_terms_in_the_middle_of_the_ramp(started, method):
+    trainer = half_way(started(f"nnUNetTrainer{method}{SCHEDULE}"))
+    batch = next(trainer.dataloader_train)
+    weights = {}
+    for group in trainer.losses(batch["data"], batch["target"]):
+        weights |= {name: term.weight for name, term in group.items()}
+    assert weights == pytest.approx(WEIGHTS[method])
+
+
+@pytest.mark.parametrize("method", ["BCP", "BCPBURL_labeled_regions=none_unlabeled_regions=none"])
+def test_weights_of_voxels_in_the_middle_of_the_ramp(started, monkeypatch, method):
+    trainer = half_way(started(f"nnUNetTrainer{method}_pseudo_weight=0.7{TWO_PHASES}{SCHEDULE}"))
+    batch, seen = next(trainer.dataloader_train), []
+    original = trainer.host_loss
+    monkeypatch.setattr(trainer, "host_loss", lambda *args: seen.append(args[2]) or original(*args))
+    list(trainer.losses(batch["data"], batch["target"]))
+    assert len(seen) == 2
+    for weights in seen:
+        assert sorted(weights.unique().tolist()) == pytest.approx([0.7 * HALF_WAY, 1])
 
 
 def perturb(module, amount=0.05):
@@ -143,21 +222,22 @@ def test_settings_without_unlabeled_data_need_none(make_trainer, option):
     assert with_all.needs_unlabeled() and not without.needs_unlabeled()
 
 
+VANILLA = "MeanTeacher_consistency_weight=0"
 # What switches a method's unlabeled half off, where its supervised part is nnU-Net's own.
-OFF = {
-    "MeanTeacher": "_consistency_weight=0",
-    "CoraNet": "_setting=seg_head_gradient=0",
-    "UAMT": "_consistency_weight=0",
-    "PiModel": "_consistency_weight=0",
-    "EntropyMinimization": "_entropy_weight=0",
-    "MeanTeacherBURL": "_pseudo_weight=0_labeled_regions=none",
-    "BCP": "_pretraining=1",
-    "BCPBURL": "_pretraining=1_labeled_regions=none",
-    "CPS": "_pseudo_weight=0",
-    "DTML": "_setting=segmentation",
-    "DTC": "_consistency_weight=0_distance_weight=0",
-    "DualStream": "_pseudo_weight=0_disagreement_weight=0_contrast_weight=0",
-}
+OFF = [
+    "CoraNet_setting=seg_head_gradient=0",
+    "UAMT_consistency_weight=0",
+    "PiModel_consistency_weight=0",
+    "EntropyMinimization_entropy_weight=0",
+    "MeanTeacherBURL_pseudo_weight=0_labeled_regions=none",
+    "BCP_pretraining=1",
+    "BCPBURL_pretraining=1_labeled_regions=none",
+    "CPS_pseudo_weight=0",
+    "DTML_setting=segmentation",
+    "DTML_consistency_weight=0",
+    "DTC_consistency_weight=0_distance_weight=0",
+    "DualStream_pseudo_weight=0_disagreement_weight=0_contrast_weight=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +251,12 @@ def vanilla():
 @pytest.mark.parametrize("method", OFF)
 def test_switched_off_the_student_trains_as_in_stock_nnunet(started, vanilla, method, where):
     def train(method):
-        trainer = started(f"nnUNetTrainer{method}{OFF[method]}{SHORT}", *where)
+        trainer = started(f"nnUNetTrainer{method}{SHORT}", *where)
         train_steps(trainer, 4)
         return flat(trainer.network)
 
     if where not in vanilla:
-        vanilla[where] = train("MeanTeacher")
+        vanilla[where] = train(VANILLA)
     assert torch.equal(train(method), vanilla[where])
 
 
@@ -222,17 +302,19 @@ def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind,
     shutil.rmtree(model)
 
 
-@pytest.mark.parametrize("method, worse", [("CoraNet", 0), ("CPS", 0), ("CPS", 1), ("DualStream", 1)])
+GATED = [("CoraNet", 0), ("MeanTeacherBURL", 0), ("BCP", 0), ("BCPBURL", 0), ("CPS", 0), ("CPS", 1), ("DualStream", 1)]
+
+
+@pytest.mark.parametrize("method, worse", GATED)
 def test_pretraining_goes_on_until_every_class_is_known_to_every_network(started, method, worse):
     trainer = started(f"nnUNetTrainer{method}_pretraining=0_min_recall=0.5_num_iterations_per_epoch=2_3epochs_seed=1")
-    unlabeled = {"certain", "cross_first", "pseudo_first"}
     # An epoch without a class says nothing of it; before the first one with it, it is not known.
     trainer.on_train_epoch_end([{"loss": np.zeros(())}])
     assert not trainer.knows_classes
     for knows_core, expected in ((False, False), (True, True)):
         trainer.on_train_epoch_start()
         train_steps(trainer, 2)
-        assert not unlabeled & set(trainer._epoch_sums)
+        assert not UNLABELED_TERMS & set(trainer._epoch_sums)
         found, present = trainer._recall_counts.unbind(1)
         assert (present > 0).all() and (found <= present).all() and torch.equal(present[0], present[-1])
         found.copy_(present)
@@ -244,4 +326,35 @@ def test_pretraining_goes_on_until_every_class_is_known_to_every_network(started
     trainer.on_train_epoch_start()
     assert trainer.uses_unlabeled()
     train_steps(trainer, 1)
-    assert trainer.phase_2_start == pytest.approx(4 / 6) and unlabeled & set(trainer._epoch_sums)
+    assert trainer.phase_2_start == pytest.approx(4 / 6) and UNLABELED_TERMS & set(trainer._epoch_sums)
+
+
+@pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
+@pytest.mark.parametrize("method", dict.fromkeys(method for method, _ in GATED))
+def test_recall_is_what_the_networks_find_of_the_labels(started, method, kind):
+    trainer = started(f"nnUNetTrainer{method}_pretraining=0_seed=1", kind)
+    for network in (trainer.network, *trainer.companions.values()):
+        perturb(network, 0.3)
+    batch = next(trainer.dataloader_train)
+    target, expected = batch["target"][0].numpy(), np.zeros((len(trainer.trained_networks), 2, 2))
+    for index, network in enumerate(trainer.trained_networks):
+        with torch.no_grad():
+            logits = network(batch["data"])[0].numpy()
+            heads = {}
+            if method == "CoraNet":
+                _, features = trainer._forward(trainer.network, batch["data"])
+                heads = {name: head(features).numpy() for name, head in trainer.companions["heads"].items()}
+        for b, *v in np.ndindex(target.shape[0], *target.shape[2:]):
+            values = [value[(b, slice(None), *v)] for value in (target, logits)]
+            sides = [head[(b, slice(None), *v)] > 0 for head in heads.values()]
+            certain = not sides or list(sides[0]) == list(sides[1])
+            for k in (0, 1):
+                if kind == "regions_ignore":
+                    present, found = values[0][k] == 1 and values[0][2] == 0, values[1][k] > 0
+                else:
+                    present, found = values[0][0] == k + 1, values[1].argmax() == k + 1
+                expected[index, 1, k] += present
+                expected[index, 0, k] += present and found and certain
+    assert 0 < expected[:, 0].sum() < expected[:, 1].sum()
+    list(trainer.losses(batch["data"], batch["target"]))
+    assert np.array_equal(trainer._recall_counts.numpy(), expected)

@@ -119,19 +119,30 @@ def test_export_predicts_the_same_voxels_without_this_project(trained, tmp_path,
 
 
 def test_export_as_zip_is_what_nnunet_installs(trained, tmp_path):
+    """Under the model's own name, by which nnUNetv2_predict finds it without this project."""
     model = trained("nnUNetTrainerMeanTeacher" + SHORT, "labels", "2d")
     assert cli.main(["export", "-i", str(model), "-o", str(tmp_path / "model"), "--zip"]) == 0
     script = "from nnunetv2.model_sharing.entry_points import install_from_zip_entry_point as main; main()"
     results = tmp_path / "results"
     results.mkdir()
+    environment = {**os.environ, "nnUNet_results": str(results)}
     subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "model.zip")],
-        env={**os.environ, "nnUNet_results": str(results)},
+        [sys.executable, "-c", script, str(tmp_path / "model.zip")], env=environment, check=True, capture_output=True
+    )
+    installed = results / model.parent.name / model.name
+    assert (installed / "fold_0" / "checkpoint_final.pth").is_file() and (installed / "plans.json").is_file()
+
+    write_image(make_case(200)[0], tmp_path / "images" / "new_0000.nii.gz")
+    script = f"{HIDDEN}\nfrom nnunetv2.inference.predict_from_raw_data import predict_entry_point as main\nmain()"
+    trainer, plans, configuration = model.name.split("__")
+    arguments = f"-d {model.parent.name} -tr {trainer} -p {plans} -c {configuration} -f 0 -device cpu -npp 1 -nps 1"
+    subprocess.run(
+        [sys.executable, "-c", script, *arguments.split(), "-i", tmp_path / "images", "-o", tmp_path / "predicted"],
+        env=environment,
         check=True,
         capture_output=True,
     )
-    installed = results / model.parent.name / "nnUNetTrainer__nnUNetPlans_cpu__2d"
-    assert (installed / "fold_0" / "checkpoint_final.pth").is_file() and (installed / "plans.json").is_file()
+    assert (tmp_path / "predicted" / "new.nii.gz").is_file()
     assert len(zipfile.ZipFile(tmp_path / "model.zip").namelist()) == 4
 
 

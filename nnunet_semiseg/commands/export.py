@@ -42,8 +42,6 @@ def run(args) -> None:
     exported = {fold.name: plain_checkpoint(fold / args.chk) for fold in folds}
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    # The name of a model folder says which trainer it is of.
-    plans_and_configuration = source.name.split("__")[1:]
     try:
         for fold, checkpoint in exported.items():
             (temporary / fold).mkdir(parents=True)
@@ -52,7 +50,8 @@ def run(args) -> None:
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / name)
         if args.zip:
-            inside = "/".join([source.resolve().parent.name, "__".join(["nnUNetTrainer", *plans_and_configuration])])
+            # Under its own name, so that installing it overwrites no other model.
+            inside = "/".join(source.resolve().parts[-2:])
             archive = target.with_name(target.name + ".part")
             with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
                 for file in sorted(p for p in temporary.rglob("*") if p.is_file()):

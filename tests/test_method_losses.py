@@ -456,13 +456,14 @@ def test_cuboids_reach_every_corner():
 
 @pytest.fixture
 def copy_paste(trainer_of, monkeypatch):
-    """``copy_paste(name, kind, classes, shape)``: a step of a trainer, its networks' outputs given, and what is in it.
+    """``copy_paste(name, kind, classes, shape)``: a step of a trainer with both mixed batches, its networks' outputs
+    given, and what is in it.
 
     ``terms()`` are those of the step; ``images`` are then the two mixed ones.
     """
 
     def start(name, kind, classes, shape):
-        trainer = trainer_of(short(f"nnUNetTrainer{name}_ramp_up=0"), kind, classes)
+        trainer = trainer_of(short(f"nnUNetTrainer{name}_unmixed=false_ramp_up=0"), kind, classes)
         trainer.before_step()
         data, weak, strong = (torch.randn(3, 1, *shape) for _ in range(3))
         target, teacher = random_target(kind, classes, shape, 3), torch.randn(3, classes, *shape)
@@ -560,6 +561,28 @@ def test_one_loss_weights_every_voxel_by_its_origin_and_region(copy_paste, monke
         # Labels and pseudo labels teach, ignored voxels do not.
         (gradient,) = torch.autograd.grad(value, student)
         assert torch.equal(gradient.abs().sum(1) > 0, expected > 0)
+
+
+@pytest.mark.parametrize("method", ["BCP", "BCPBURL"])
+def test_labeled_patches_as_they_are_and_the_mixed_batches_in_turn(started, monkeypatch, method):
+    trainer = started(short(f"nnUNetTrainer{method}"))
+    batch, unlabeled = next(trainer.dataloader_train), trainer.draw_unlabeled()
+    inside = trainer.cuboid(batch["data"])
+    forward, images = trainer.network.forward, []
+    monkeypatch.setattr(trainer, "draw_unlabeled", lambda: unlabeled)
+    monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
+    monkeypatch.setattr(trainer.network, "forward", lambda x: images.append(x) or forward(x))
+    trainer.before_step()
+    data, strong = batch["data"], unlabeled["strong"]
+    for step, (name, real) in enumerate([("mixed_out", ~inside), ("mixed_in", inside)] * 2):
+        trainer.global_step = step
+        groups = list(trainer.losses(data, batch["target"]))
+        assert [{key: term.weight for key, term in group.items()} for group in groups] == [
+            {"supervised": 0.5},
+            {name: 0.5},
+        ]
+        plain, mixed = images[-2:]
+        assert torch.equal(plain, data) and torch.equal(mixed, torch.where(real, data, strong))
 
 
 def test_pretraining_mixes_labeled_patches(started, monkeypatch):
@@ -1049,7 +1072,7 @@ def filled(target, fill, labels):
 
 
 SETTINGS = [
-    *("DTML_supervision=both", "BCP_origin_normalized=true", "BCPBURL_alpha_labeled=0_alpha_unlabeled=0"),
+    *("DTML_supervision=both", "BCP_origin_normalized=true_unmixed=false", "BCPBURL_alpha_labeled=0_alpha_unlabeled=0"),
     *("BCPBURL_region_normalized=true", "MeanTeacherBURL_region_normalized=true", "DualStream_mistake_weight=0.5"),
     *("DualStream_unreliable=0", "DualStream_unreliable=100", "UAMT_percentile=100"),
 ]

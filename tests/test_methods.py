@@ -20,7 +20,8 @@ STUDENT, SECOND, BOTH = {"student"}, {"second"}, {"student", "second"}
 # Term -> the networks that it trains. Supervised terms are of the student unless they say otherwise.
 CONSISTENCY = {"supervised": STUDENT, "consistency": STUDENT}
 PSEUDO = {"supervised": STUDENT, "pseudo": STUDENT}
-COPY_PASTE = dict.fromkeys(("mixed_out", "mixed_in"), STUDENT)
+# In one step or in turn; the step of the test is an odd one.
+MIXED, IN_TURN = dict.fromkeys(("mixed_out", "mixed_in"), STUDENT), dict.fromkeys(("supervised", "mixed_in"), STUDENT)
 BY_ORIGIN = dict.fromkeys(("supervised_out", "pseudo_out", "supervised_in", "pseudo_in"), STUDENT)
 CORANET, HEADS = {**CONSISTENCY, "certain": STUDENT}, {"student", "heads"}
 DTML = {"supervised": STUDENT, "mask": SECOND, "consistency_labeled": BOTH, "consistency": BOTH}
@@ -38,11 +39,13 @@ TERMS = {
     "CoraNet_uncertainty=aleatoric": {**CORANET, "aleatoric": HEADS},
     "MeanTeacherBURL": PSEUDO,
     "MeanTeacherBURL_region_normalized=true": PSEUDO,
-    "BCP": COPY_PASTE,
-    "BCP_origin_normalized=true": BY_ORIGIN,
-    "BCPBURL": COPY_PASTE,
-    "BCPBURL_origin_normalized=true": BY_ORIGIN,
-    "BCPBURL_region_normalized=true": BY_ORIGIN,
+    "BCP": IN_TURN,
+    "BCP_unmixed=false": MIXED,
+    "BCP_unmixed=false_origin_normalized=true": BY_ORIGIN,
+    "BCPBURL": IN_TURN,
+    "BCPBURL_unmixed=false": MIXED,
+    "BCPBURL_unmixed=false_origin_normalized=true": BY_ORIGIN,
+    "BCPBURL_unmixed=false_region_normalized=true": BY_ORIGIN,
     "CPS": {"supervised": STUDENT, "supervised_second": SECOND, "cross_first": STUDENT, "cross_second": SECOND},
     "DTML": DTML,
     "DTML_supervision=both": {**DTML, "distance": SECOND},
@@ -73,13 +76,14 @@ WEIGHTS = {
         supervised=1, conservative=1, radical=1, certain=0.7 * HALF_WAY, consistency=0.3 * HALF_WAY
     ),
     f"MeanTeacherBURL_pseudo_weight=0.7{TWO_PHASES}": dict(supervised=1, pseudo=0.7 * HALF_WAY),
-    # The mean of the two mixed patches; in one loss, voxels have the weights.
-    f"BCP_pseudo_weight=0.7{TWO_PHASES}": dict(mixed_out=0.5, mixed_in=0.5),
-    f"BCP_pseudo_weight=0.7_origin_normalized=true{TWO_PHASES}": dict(
+    # The mean of two passes; in one loss, voxels have the weights. The step of the test is an even one.
+    f"BCP_pseudo_weight=0.7{TWO_PHASES}": dict(supervised=0.5, mixed_out=0.5),
+    f"BCP_pseudo_weight=0.7_unmixed=false{TWO_PHASES}": dict(mixed_out=0.5, mixed_in=0.5),
+    f"BCP_pseudo_weight=0.7_unmixed=false_origin_normalized=true{TWO_PHASES}": dict(
         supervised_out=0.5, pseudo_out=0.35 * HALF_WAY, supervised_in=0.5, pseudo_in=0.35 * HALF_WAY
     ),
     f"BCPBURL_pseudo_weight=0.7_region_normalized=true{TWO_PHASES}": dict(
-        supervised_out=0.5, pseudo_out=0.35 * HALF_WAY, supervised_in=0.5, pseudo_in=0.35 * HALF_WAY
+        supervised=0.5, supervised_out=0.5, pseudo_out=0.35 * HALF_WAY
     ),
     f"CPS_pseudo_weight=0.7{TWO_PHASES}": dict(
         supervised=1, supervised_second=1, cross_first=0.7 * HALF_WAY, cross_second=0.7 * HALF_WAY
@@ -133,7 +137,7 @@ def test_weights_of_the_terms_in_the_middle_of_the_ramp(started, method):
 
 @pytest.mark.parametrize("method", ["BCP", "BCPBURL_labeled_regions=none_unlabeled_regions=none"])
 def test_weights_of_voxels_in_the_middle_of_the_ramp(started, monkeypatch, method):
-    trainer = half_way(started(f"nnUNetTrainer{method}_pseudo_weight=0.7{TWO_PHASES}{SCHEDULE}"))
+    trainer = half_way(started(f"nnUNetTrainer{method}_unmixed=false_pseudo_weight=0.7{TWO_PHASES}{SCHEDULE}"))
     batch, seen = next(trainer.dataloader_train), []
     original = trainer.host_loss
     monkeypatch.setattr(trainer, "host_loss", lambda *args: seen.append(args[2]) or original(*args))

@@ -20,6 +20,9 @@ class BCPOptions(PretrainingOptions):
     box: float = option(2 / 3, "side of the pasted cuboid, as a share of the patch's", low=0.0, high=1.0)
     pseudo_weight: float = option(0.5, "weight of pseudo-labeled voxels beside labeled ones", low=0.0)
     largest_component: bool = option(True, "keep only the largest component of each class in pseudo labels")
+    unmixed: bool = option(
+        True, "labeled patches as they are, and one of the two mixed batches in turn; else both, as the paper"
+    )
     mix_pretraining: bool = option(False, "copy-paste between labeled patches while pretraining, as the paper")
     origin_normalized: bool = option(
         False, "a loss for each origin of voxels, normalized by its own size, as the paper; else one loss with weights"
@@ -38,6 +41,7 @@ BCPOptions.PRESETS = {
         pretraining=0.25,
         min_recall=0.0,
         ramp_up=0.0,
+        unmixed=False,
         mix_pretraining=True,
         origin_normalized=True,
         unlabeled_foreground_sampling=0.0,
@@ -52,19 +56,22 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
     M is 0 in a cuboid of 2/3 of every side at a random place, 1 outside; one for each step.
 
     * Phase 1: nnU-Net's loss on labeled patches; with ``mix_pretraining`` on X_a * M + X_b * (1 - M).
-    * Phase 2: X_out = X_a * M + U_a * (1 - M) and X_in = U_b * M + X_b * (1 - M), a pass for each. The loss is the mean
-      of both: nnU-Net's with weight 1 for voxels of labeled patches and ``pseudo_weight`` for those of unlabeled ones,
-      at every resolution of deep supervision.
+    * Phase 2: X_out = X_a * M + U_a * (1 - M) and X_in = U_b * M + X_b * (1 - M). Their loss is nnU-Net's with weight 1
+      for voxels of labeled patches and ``pseudo_weight`` for those of unlabeled ones, at every resolution of deep
+      supervision. A step has two passes, and the mean of their losses: the labeled patches as they are, and X_out and
+      X_in in turn; without ``unmixed``, X_out and X_in.
     * Pseudo labels: argmax of a teacher on the weak view, largest component of each class. The teacher starts from the
       pretrained student and is its moving average with a constant decay.
 
     Decided:
 
+    * Labeled patches are also seen as they are (``unmixed``). A network that sees nothing but mixed patches, as the
+      paper's, falls back when they come, and in a short training does not catch up with nnU-Net (docs/results.md).
     * Patches are mixed after augmentation, at full resolution; the targets of deep supervision are made from the mixed
       one.
-    * Both directions use the whole batch, where the paper's halves of a batch go one way each: a step then learns from
-      every labeled voxel once, as nnU-Net's does, whatever the batch size. In the two directions, a labeled patch is
-      mixed with different unlabeled patches.
+    * Both directions use the whole batch, where the paper's halves of a batch go one way each. Both in one step, they
+      learn from every labeled voxel once, whatever the batch size, and a labeled patch is mixed with different
+      unlabeled patches.
     * One Dice for a mixed patch, of the foreground classes, as nnU-Net's. The paper has one for each origin
       (``origin_normalized``): slivers of an organ that the cuboid's edge cuts off then count as much as the whole organ
       on the other side.
@@ -112,26 +119,32 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
 
     def losses(self, data, target):
         hard, valid = self.labels.without_ignored(full_resolution(target))
-        if self.uses_unlabeled():
-            yield from self.mixed_losses(data, hard, valid)
-        else:
+        if not self.uses_unlabeled():
             yield self.pretraining_loss(data, hard, valid)
+            return
+        if self.options.unmixed:
+            yield self.labeled_term(data, hard, valid, 0.5)
+        yield from self.mixed_losses(data, hard, valid)
 
     def cuboid(self, data: torch.Tensor) -> torch.Tensor:
         """(1, 1, *) bool, True inside."""
         with self.random_stream:
             return random_cuboid(data.shape[2:], self.options.box).to(data.device)
 
-    def pretraining_loss(self, data, hard, valid) -> dict[str, Term]:
-        """Phase 1. Every sample is background of one mixed patch and cuboid of another."""
-        if self.options.mix_pretraining:
-            inside, shift = self.cuboid(data), (len(data) + 1) // 2
-            data, hard, valid = (torch.where(inside, x.roll(shift, 0), x) for x in (data, hard, valid))
+    def labeled_term(self, data, hard, valid, weight: float = 1.0) -> dict[str, Term]:
+        """The loss on labeled patches."""
         with self.autocast():
             outputs = self.student(data)
         if not self.knows_classes:
             self.count_hard_recall(outputs, hard, valid)
-        return {"supervised": Term(self.labeled_loss(outputs, hard, valid))}
+        return {"supervised": Term(self.labeled_loss(outputs, hard, valid), weight)}
+
+    def pretraining_loss(self, data, hard, valid) -> dict[str, Term]:
+        """Phase 1. Mixed, every sample is background of one patch and cuboid of another."""
+        if self.options.mix_pretraining:
+            inside, shift = self.cuboid(data), (len(data) + 1) // 2
+            data, hard, valid = (torch.where(inside, x.roll(shift, 0), x) for x in (data, hard, valid))
+        return self.labeled_term(data, hard, valid)
 
     @torch.no_grad()
     def pseudo_labels(self, weak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,13 +156,16 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
         return hard, logits
 
     def mixed_losses(self, data, hard, valid):
-        """Phase 2: X_out, then X_in."""
+        """X_out, then X_in; if labeled patches have a pass of their own, one of the two."""
         unlabeled = self.next_unlabeled()
         pseudo, labeling = self.pseudo_labels(unlabeled.weak)
         self.monitor("pseudo_foreground", self.labels.is_foreground(pseudo).float().mean())
         image, inside = self.student_input(unlabeled), self.cuboid(data)
         weight = self.options.pseudo_weight * self.ramp()
-        for name, real in (("out", ~inside), ("in", inside)):
+        directions = (("out", ~inside), ("in", inside))
+        if self.options.unmixed:
+            directions = (directions[self.global_step % 2],)
+        for name, real in directions:
             mixed = torch.where(real, data, image)
             with self.autocast():
                 outputs = self.student(mixed)

@@ -190,6 +190,24 @@ def test_dry_run_writes_nothing(dataset, write, work, capsys):
     assert not (dataset / "splits_final.json").exists() and not (work / "results" / NAME).exists()
 
 
+def test_gpu_profile_uses_cuda_and_stops_after_nine_minutes(dataset, write, monkeypatch, capsys):
+    file = write()
+    assert main(file, "--profile", "gpu", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("-device cuda\n") == 2 and "-device cpu" not in printed
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(file, "--profile", "gpu") == 2
+    assert "There is no CUDA device. Use --profile cpu" in capsys.readouterr().err
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    left = []
+    monkeypatch.setattr(benchmark.Benchmark, "run", lambda self, until: left.append(until - time.monotonic()) or 3)
+    assert main(file, "--profile", "gpu") == main(file, "--profile", "gpu", "--minutes", "2") == 3
+    assert main(file) == 3
+    assert [round(seconds / 60) for seconds in left[:2]] == [9, 2] and left[2] == float("inf")
+
+
 # Running
 
 

@@ -64,7 +64,7 @@ TERMS = {
 }
 
 
-AFTER_PRETRAINING, RAMP = "_pretraining=0.25_min_recall=0_ramp_up=0.5", "_warm_up=0.25_ramp_up=0.5"
+PRETRAINED, RAMP = "_pretraining=0.25_min_recall=0_ramp_up=0.5", "_warm_up=0.25_ramp_up=0.5"
 HALF_WAY = math.exp(-5 * (1 - 0.5) ** 2)
 # The weights of terms half of the run in, in the middle of their ramp.
 WEIGHTS = {
@@ -72,20 +72,20 @@ WEIGHTS = {
     f"UAMT_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
     f"PiModel_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
     f"EntropyMinimization_entropy_weight=0.7{RAMP}": dict(supervised=1, entropy=0.7 * HALF_WAY),
-    f"CoraNet_certain_weight=0.7_consistency_weight=0.3{AFTER_PRETRAINING}": dict(
+    f"CoraNet_certain_weight=0.7_consistency_weight=0.3{PRETRAINED}": dict(
         supervised=1, conservative=1, radical=1, certain=0.7 * HALF_WAY, consistency=0.3 * HALF_WAY
     ),
-    f"MeanTeacherBURL_pseudo_weight=0.7{AFTER_PRETRAINING}": dict(supervised=1, pseudo=0.7 * HALF_WAY),
+    f"MeanTeacherBURL_pseudo_weight=0.7{PRETRAINED}": dict(supervised=1, pseudo=0.7 * HALF_WAY),
     # The mean of two passes; in one loss, voxels have the weights. The step of the test is an even one.
-    f"BCP_pseudo_weight=0.7{AFTER_PRETRAINING}": dict(supervised=0.5, mixed_out=0.5),
-    f"BCP_pseudo_weight=0.7_unmixed=false{AFTER_PRETRAINING}": dict(mixed_out=0.5, mixed_in=0.5),
-    f"BCP_pseudo_weight=0.7_unmixed=false_origin_normalized=true{AFTER_PRETRAINING}": dict(
+    f"BCP_pseudo_weight=0.7{PRETRAINED}": dict(supervised=0.5, mixed_out=0.5),
+    f"BCP_pseudo_weight=0.7_unmixed=false{PRETRAINED}": dict(mixed_out=0.5, mixed_in=0.5),
+    f"BCP_pseudo_weight=0.7_unmixed=false_origin_normalized=true{PRETRAINED}": dict(
         supervised_out=0.5, pseudo_out=0.35 * HALF_WAY, supervised_in=0.5, pseudo_in=0.35 * HALF_WAY
     ),
-    f"BCPBURL_pseudo_weight=0.7_region_normalized=true{AFTER_PRETRAINING}": dict(
+    f"BCPBURL_pseudo_weight=0.7_region_normalized=true{PRETRAINED}": dict(
         supervised=0.5, supervised_out=0.5, pseudo_out=0.35 * HALF_WAY
     ),
-    f"CPS_pseudo_weight=0.7{AFTER_PRETRAINING}": dict(
+    f"CPS_pseudo_weight=0.7{PRETRAINED}": dict(
         supervised=1, supervised_second=1, cross_first=0.7 * HALF_WAY, cross_second=0.7 * HALF_WAY
     ),
     # The consistency is the mean over labeled and unlabeled patches.
@@ -95,7 +95,7 @@ WEIGHTS = {
     f"DTC_consistency_weight=0.7_distance_weight=0.3{RAMP}": dict(
         supervised=1, distance=0.3, consistency_labeled=0.35 * HALF_WAY, consistency=0.35 * HALF_WAY
     ),
-    f"DualStream_pseudo_weight=0.7_disagreement_weight=0.3_contrast_weight=0.2_mistake_weight=0.6{AFTER_PRETRAINING}": dict(
+    f"DualStream_pseudo_weight=0.7_disagreement_weight=0.3_contrast_weight=0.2{PRETRAINED}_mistake_weight=0.6": dict(
         supervised=1,
         supervised_second=1,
         mistake_first=0.6,
@@ -137,7 +137,7 @@ def test_weights_of_the_terms_in_the_middle_of_the_ramp(started, method):
 
 @pytest.mark.parametrize("method", ["BCP", "BCPBURL_labeled_regions=none_unlabeled_regions=none"])
 def test_weights_of_voxels_in_the_middle_of_the_ramp(started, monkeypatch, method):
-    trainer = half_way(started(f"nnUNetTrainer{method}_unmixed=false_pseudo_weight=0.7{AFTER_PRETRAINING}{SCHEDULE}"))
+    trainer = half_way(started(f"nnUNetTrainer{method}_unmixed=false_pseudo_weight=0.7{PRETRAINED}{SCHEDULE}"))
     batch, seen = next(trainer.dataloader_train), []
     original = trainer.host_loss
     monkeypatch.setattr(trainer, "host_loss", lambda *args: seen.append(args[2]) or original(*args))

@@ -1,6 +1,7 @@
 """Tiny nnU-Net datasets, planned and preprocessed by nnU-Net itself, and trainers on them."""
 
 import json
+import locale
 import os
 from pathlib import Path
 
@@ -39,6 +40,14 @@ DATASETS = {
     "ignore": (803, {**LABELS, "ignore": 3}, None),
     "regions_ignore": (804, {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2]),
 }
+
+
+@pytest.fixture(autouse=True)
+def language():
+    """Some of SimpleITK's readers and writers (VTK) set it to "C", with which Python reads and writes ASCII."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
 
 
 def make_case(seed, shape=(16, 26, 24), ignore=False):

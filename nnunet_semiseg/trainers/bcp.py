@@ -66,7 +66,8 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
     Decided:
 
     * Labeled patches are also seen as they are (``unmixed``). A network that sees nothing but mixed patches, as the
-      paper's, falls back when they come, and in a short training does not catch up with nnU-Net (docs/results.md).
+      paper's, falls back when they come; in short trainings with more than the fewest labels it did not catch up with
+      nnU-Net (docs/results.md).
     * Patches are mixed after augmentation, at full resolution; the targets of deep supervision are made from the mixed
       one.
     * Both directions use the whole batch, where the paper's halves of a batch go one way each. Both in one step, they

@@ -166,7 +166,10 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
         directions = (("out", ~inside), ("in", inside))
         if self.options.unmixed:
             directions = (directions[self.global_step % 2],)
-        for name, real in directions:
+        for i, (name, real) in enumerate(directions):
+            if i > 0:
+                # X_b is not pasted into the patch that was pasted into it.
+                image, pseudo, labeling = (x.roll(1, 0) for x in (image, pseudo, labeling))
             mixed = torch.where(real, data, image)
             with self.autocast():
                 outputs = self.student(mixed)
@@ -180,5 +183,3 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
             else:
                 weights = self.labeled_weights(outputs, valid & real) + weight * self.pseudo_weights(labeling, pasted)
                 yield {f"mixed_{name}": Term(self.host_loss(outputs, mixed_hard, weights), 0.5)}
-            # X_b is not pasted into the patch that was pasted into it.
-            image, pseudo, labeling = (x.roll(1, 0) for x in (image, pseudo, labeling))

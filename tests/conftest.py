@@ -3,6 +3,7 @@
 import json
 import locale
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +43,18 @@ DATASETS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def language():
-    """Some of SimpleITK's readers and writers (VTK) set it to "C", with which Python reads and writes ASCII."""
+@contextmanager
+def kept_language():
+    """Some of SimpleITK's readers and writers (VTK, DICOM) set it to "C", with which Python reads and writes ASCII."""
     before = locale.setlocale(locale.LC_CTYPE)
     yield
     locale.setlocale(locale.LC_CTYPE, before)
+
+
+@pytest.fixture(autouse=True)
+def language():
+    with kept_language():
+        yield
 
 
 def make_case(seed, shape=(16, 26, 24), ignore=False):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import locale
 import sys
 import zipfile
 from itertools import combinations
@@ -12,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import write_image
+from conftest import kept_language, write_image
 from scipy.io import savemat
 
 from dataset_conversion import Dataset027_ACDC as acdc
@@ -281,10 +280,10 @@ def abdomen(seed):
     return (image + random.normal(0, 15, SHAPE)).astype(np.int16), masks[0].astype(np.uint8)
 
 
+@kept_language()
 def write_series(array, folder, seed=0):
     """A DICOM series whose file names are in another order than the positions."""
     folder.mkdir(parents=True)
-    language = locale.setlocale(locale.LC_CTYPE)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     order = np.random.RandomState(seed).permutation(len(array))
@@ -299,8 +298,6 @@ def write_series(array, folder, seed=0):
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"1-{order[z] + 1:03d}.dcm"))
         writer.Execute(image)
-    # GDCM's writer sets it to "C", with which Python reads and writes ASCII.
-    locale.setlocale(locale.LC_CTYPE, language)
 
 
 def write_pancreas(folder, numbers):

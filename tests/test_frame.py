@@ -472,3 +472,33 @@ def test_compiled_networks_train_and_leave_plain_weights(make_trainer, monkeypat
     plain = make_trainer(short(name), continue_training=True)
     plain.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
     assert torch.equal(flat(plain.network), flat(trainer.network))
+
+
+def batches_of(trainer, count):
+    """Cases and voxels of the next batches of the three loaders."""
+    drawn = {}
+    for name in ("train", "val", "unlabeled"):
+        batches = [next(getattr(trainer, f"dataloader_{name}")) for _ in range(count)]
+        voxels = torch.stack([torch.cat([b["weak"], b["strong"]]) if "weak" in b else b["data"] for b in batches])
+        drawn[name] = [list(map(str, b["keys"])) for b in batches], voxels
+    return drawn
+
+
+def test_a_seed_repeats_the_batches_of_augmentation_processes(started, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    runs = []
+    for seed, epoch in ((5, 0), (5, 0), (6, 0), (5, 1)):
+        trainer = started(f"nnUNetTrainerBCP_seed={seed}")
+        if epoch:
+            # As after a restart.
+            trainer.on_train_end()
+            trainer.current_epoch = epoch
+            trainer.on_train_start()
+        runs.append(batches_of(trainer, 5))
+        trainer.on_train_end()
+    first, same, other_seed, restarted = runs
+    for name, (keys, voxels) in first.items():
+        assert same[name][0] == keys and torch.equal(same[name][1], voxels), name
+        assert len({batch.sum().item() for batch in voxels}) == len(voxels), "a process repeats another's batches"
+        for others in (other_seed, restarted):
+            assert not torch.equal(others[name][1], voxels), name

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
@@ -39,6 +38,7 @@ from nnunet_semiseg.data.unlabeled import (
     store_folder,
 )
 from nnunet_semiseg.data.views import TwoViewTransform, fix_transform_arithmetic
+from nnunet_semiseg.data.workers import augmenter, no_workers
 from nnunet_semiseg.files import write_csv
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmentationLoss
@@ -57,6 +57,8 @@ FOREGROUND_CASES_PER_EPOCH = 8
 FOREGROUND_VOXELS = 500
 _KEY = "semiseg/"
 _PREVIOUS = "checkpoint_previous.pth"
+# The loaders of a training.
+STREAMS = ("labeled", "validation", "unlabeled")
 
 
 class Term(NamedTuple):
@@ -77,7 +79,7 @@ class Unlabeled(NamedTuple):
 class FrameOptions:
     """Options that every method has."""
 
-    seed: int = option(-1, "seed of all random numbers; -1 draws one (exact only with nnUNet_n_proc_DA=0)", low=-1)
+    seed: int = option(-1, "seed of all random numbers, those of the augmentation processes included; -1: none", low=-1)
     unlabeled_foreground_sampling: float = option(
         0.0, "probability of centering an unlabeled patch on predicted foreground", low=0.0, high=1.0
     )
@@ -322,6 +324,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """nnU-Net's, and what the method adds."""
         transforms = super().get_training_transforms(*args, **kwargs)
         transforms.transforms.extend(self.target_transforms())
+        if self.options.seed >= 0:
+            fix_transform_arithmetic(transforms)
         return transforms
 
     @property
@@ -399,21 +403,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_start(self):
         if not self.was_initialized:
             self.initialize()
-        dataset = self.unlabeled_dataset() if self.needs_unlabeled() else None
+        dataset = self._unlabeled_cases = self.unlabeled_dataset() if self.needs_unlabeled() else None
         self._check_labeled_classes()
         self._publish_foreground_locations()
         super().on_train_start()
         resumed, self._resumed_random_state = self._resumed_random_state, None
         if resumed is not None:
             self.random_stream.set_state(resumed["unlabeled"])
-        loaders = [self.dataloader_train, self.dataloader_val]
         if dataset is not None:
             self.dataloader_unlabeled = self._unlabeled_loader(dataset)
-            loaders.append(self.dataloader_unlabeled)
-        if self.options.seed >= 0:
-            for loader in loaders:
-                fix_transform_arithmetic(_source(loader).transforms)
-        if dataset is not None:
             # As nnU-Net does for its own: the processes start, and a file that cannot be read is noticed, now.
             self.draw_unlabeled()
         if resumed is not None:
@@ -444,31 +442,40 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             oversample_foreground_percent=self.options.unlabeled_foreground_sampling,
             transforms=TwoViewTransform(transforms),
         )
-        processes = get_allowed_n_proc_DA()
-        if processes == 0:
-            return SingleThreadedAugmenter(loader, None)
         # The labeled loader keeps nnU-Net's number of processes; a step with both halves takes twice as long, so half
         # of it keeps up.
-        processes = max(1, processes // 2)
-        with self.random_stream:
-            # Other seeds after a restart, or the workers would draw the first patches once more.
-            for _ in range(self.current_epoch + 1):
-                seeds = [int(seed) for seed in np.random.randint(0, 2**31, processes)]
-            return NonDetMultiThreadedAugmenter(
-                data_loader=loader,
-                transform=None,
-                num_processes=processes,
-                num_cached=max(3, processes),
-                seeds=seeds,
-                pin_memory=self.device.type == "cuda",
-                wait_time=0.002,
-            )
+        return self._augmenter(loader, "unlabeled", 0.5)
+
+    def get_dataloaders(self):
+        """nnU-Net's; with a seed, their processes are seeded, which nnU-Net's are not."""
+        if self.options.seed < 0:
+            return super().get_dataloaders()
+        with no_workers():
+            train, val = (single.data_loader for single in super().get_dataloaders())
+        return self._augmenter(train, "labeled", 1.0), self._augmenter(val, "validation", 0.5)
+
+    def _augmenter(self, loader, stream: str, share: float):
+        """Batches of a loader.
+
+        Args:
+            stream: One of STREAMS; each has seeds of its own.
+            share: Of nnU-Net's number of augmentation processes.
+        """
+        processes = get_allowed_n_proc_DA()
+        if processes > 0:
+            processes = max(1, int(processes * share))
+        entropy = None
+        if self.options.seed >= 0:
+            # Other seeds after a restart, or the processes would draw the first patches once more.
+            entropy = (self.options.seed, self.local_rank, self.current_epoch, STREAMS.index(stream))
+        seeds = [int(seed) for seed in np.random.SeedSequence(entropy).generate_state(processes)]
+        return augmenter(loader, seeds, pin_memory=self.device.type == "cuda")
 
     def on_train_end(self):
         super().on_train_end()
         if self.local_rank == 0:
             (Path(self.output_folder) / _PREVIOUS).unlink(missing_ok=True)
-        if isinstance(self.dataloader_unlabeled, NonDetMultiThreadedAugmenter):
+        if isinstance(self.dataloader_unlabeled, MultiThreadedAugmenter):
             self.dataloader_unlabeled._finish()
         self._foreground_file.unlink(missing_ok=True)
 
@@ -703,7 +710,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _refresh_foreground_locations(self) -> None:
         """Predict the next few unlabeled cases coarsely and remember where foreground is."""
         network = self.predicting_network()
-        dataset = _source(self.dataloader_unlabeled)._data
+        dataset = self._unlabeled_cases
         cases = [
             c
             for i, c in enumerate(dataset.identifiers)
@@ -859,11 +866,6 @@ def _weighted_sum(terms: dict[str, Term]) -> torch.Tensor:
         weighted = value if weight == 1.0 else weight * value
         total = weighted if total is None else total + weighted
     return total
-
-
-def _source(loader):
-    """nnU-Net's data loader inside of either kind of augmenter."""
-    return loader.data_loader if isinstance(loader, SingleThreadedAugmenter) else loader.generator
 
 
 def _as_key(label):

@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import EVERYWHERE, SHORT, UNLABELED_TERMS, flat, from_start, short, train_steps
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_semiseg import checkpoints, cli
 from nnunet_semiseg.data.randomness import seed_everything
+from nnunet_semiseg.data.unlabeled import ForegroundLocations
 from nnunet_semiseg.data.views import fix_transform_arithmetic
 from nnunet_semiseg.networks.ema import unwrap
-from nnunet_semiseg.trainers.base import MAX_NON_FINITE_STEPS, Term, Unlabeled
+from nnunet_semiseg.trainers.base import (
+    FOREGROUND_CASES_PER_EPOCH,
+    FOREGROUND_VOXELS,
+    MAX_NON_FINITE_STEPS,
+    Term,
+    Unlabeled,
+)
 from nnunet_semiseg.trainers.registry import TRAINERS
 
 ALL_KINDS = ["labels", "regions", "ignore", "regions_ignore"]
@@ -497,8 +505,95 @@ def test_a_seed_repeats_the_batches_of_augmentation_processes(started, monkeypat
         runs.append(batches_of(trainer, 5))
         trainer.on_train_end()
     first, same, other_seed, restarted = runs
+    other_method = started("nnUNetTrainerMeanTeacher_seed=5")
+    assert torch.equal(batches_of(other_method, 5)["train"][1], first["train"][1])
+    other_method.on_train_end()
     for name, (keys, voxels) in first.items():
         assert same[name][0] == keys and torch.equal(same[name][1], voxels), name
         assert len({batch.sum().item() for batch in voxels}) == len(voxels), "a process repeats another's batches"
         for others in (other_seed, restarted):
             assert not torch.equal(others[name][1], voxels), name
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerCPS", "nnUNetTrainerMeanTeacher", "nnUNetTrainerDualStream"])
+def test_pretrained_weights_reach_every_network(make_trainer, name, tmp_path, capsys):
+    source = make_trainer("nnUNetTrainerMeanTeacher")
+    source.initialize()
+    torch.save({"network_weights": source.network.state_dict()}, tmp_path / "pretrained.pth")
+    trainer = make_trainer(name + SHORT)
+    trainer.initialize()
+    others = [network for other, network in trainer.networks.items() if other != "student"]
+    untouched = [flat(network) for network in others]
+    load_pretrained_weights(trainer.network, tmp_path / "pretrained.pth")
+    trainer.on_train_start()
+    printed = capsys.readouterr().out
+    given = source.network.state_dict()
+    if "DualStream" in name:
+        assert "reach the first network only: the second has another architecture" in printed
+        assert torch.equal(flat(others[0]), untouched[0])
+        return
+    for key, value in others[0].state_dict().items():
+        # nnU-Net leaves the segmentation layers as they were initialized; all biases start at 0.
+        if not key.endswith(".bias"):
+            assert torch.equal(value, given[key]) == (".seg_layers." not in key), key
+    assert ("both networks start from them" in printed) == ("CPS" in name)
+
+
+def test_networks_of_an_ordinary_start_stay_as_they_were_initialized(make_trainer, capsys):
+    trainer = make_trainer(f"nnUNetTrainerCPS{SHORT}")
+    trainer.initialize()
+    before = flat(trainer.companions["second"])
+    trainer.on_train_start()
+    assert torch.equal(flat(trainer.companions["second"]), before)
+    assert "pretrained" not in capsys.readouterr().out
+
+
+def test_predicted_foreground_stays_small(make_trainer, tmp_path):
+    """13 classes in 2000 cases, as in FLARE22."""
+    trainer = make_trainer("nnUNetTrainerBCP")
+    for start in range(0, 2000, FOREGROUND_CASES_PER_EPOCH):
+        trainer._remember_foreground(
+            {
+                f"case_{i:04d}": {k: np.full((FOREGROUND_VOXELS, 4), i, np.int32) for k in range(1, 14)}
+                for i in range(start, start + FOREGROUND_CASES_PER_EPOCH)
+            }
+        )
+    # A case that is predicted again is the latest.
+    trainer._remember_foreground({"case_1990": {}})
+    latest = [f"case_{i:04d}" for i in range(1800, 2000) if i != 1990] + ["case_1990"]
+    assert list(trainer.foreground_locations) == latest
+    locations = ForegroundLocations(tmp_path / "foreground.npz")
+    locations.write(trainer.foreground_locations)
+    assert locations.file.stat().st_size < 4e6
+    torch.save(
+        {case: {k: torch.from_numpy(v) for k, v in by.items()} for case, by in trainer.foreground_locations.items()},
+        tmp_path / "state.pth",
+    )
+    assert (tmp_path / "state.pth").stat().st_size < 6e6
+
+
+def test_locations_come_back_from_the_file(tmp_path):
+    locations = ForegroundLocations(tmp_path / "foreground.npz")
+    assert locations.of("first") == {}
+    random = np.random.RandomState(0)
+    voxels = lambda n: np.pad(random.randint(0, 99, (n, 3)), ((0, 0), (1, 0))).astype(np.int32)  # noqa: E731
+    known = {"last": {2: voxels(3)}, "empty": {}, "first": {1: voxels(5), 3: voxels(1)}}
+    locations.write(known)
+    for case, by_class in known.items():
+        assert locations.of(case).keys() == by_class.keys()
+        for k, expected in by_class.items():
+            assert np.array_equal(locations.of(case)[k], expected)
+            assert locations.of(case)[k].dtype == np.int32
+    locations.write({})
+    assert locations.of("last") == {}
+
+
+@pytest.mark.parametrize("largest, expected", [("true", {3}), ("false", {0, 3})])
+def test_patches_are_centered_on_the_largest_component_in_3d(make_trainer, largest, expected):
+    trainer = make_trainer(f"nnUNetTrainerBCP_largest_component={largest}")
+    hard = torch.zeros(1, 1, 8, 12, 12, dtype=torch.int64)
+    # Larger in its slice than any slice of the other, smaller in 3D.
+    hard[0, 0, 0, :4, :4] = 1
+    hard[0, 0, 3:, 8:11, 8:11] = 1
+    first_slices = {z if z == 0 else 3 for z in trainer.foreground_of(hard).nonzero()[:, 2].tolist()}
+    assert first_slices == expected

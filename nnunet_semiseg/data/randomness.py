@@ -53,8 +53,9 @@ def set_global_state(state: dict) -> None:
 class RandomStream:
     """Random numbers of its own: inside of ``with stream:`` the global CPU generators are this stream's.
 
-    Patches, augmentation and noise of the unlabeled half come from such a stream. The labeled half therefore sees the
-    same patches and augmentations whatever method runs, and the same as plain nnU-Net's (but for methods with dropout).
+    Patches, augmentation and noise of the unlabeled half come from such a stream. With a seed, the labeled half
+    therefore sees the same patches and augmentations whatever method runs (but for methods with dropout), and without
+    augmentation processes the same as plain nnU-Net's. The processes have seeds of their own (``data.workers``).
 
     Args:
         seed: None takes one from the operating system.

@@ -79,17 +79,20 @@ def check_store(store: Path, plans: PlansManager, configuration: ConfigurationMa
 class ForegroundLocations:
     """Voxels that the network calls foreground, in a file that the loader's worker processes read.
 
-    The file is {case: {class: (N, 4) int32}}; a location is (0, z, y, x) in the preprocessed image, as in nnU-Net's
-    own ``class_locations``.
+    The file has the cases, and one (N, 5) int32 table of case, class, z, y, x; voxels are those of the preprocessed
+    image.
     """
 
     def __init__(self, file: str | os.PathLike):
         self.file = Path(file)
         self._stamp = None
-        self._locations: dict = {}
+        self._rows: dict[str, np.ndarray] = {}
 
     def of(self, identifier: str) -> dict:
-        """{class: locations} of a case; empty before its first prediction."""
+        """{class: (N, 4) int32 of (0, z, y, x)} of a case, as nnU-Net's own ``class_locations``.
+
+        Empty before the case's first prediction.
+        """
         try:
             status = self.file.stat()
         except FileNotFoundError:
@@ -97,17 +100,28 @@ class ForegroundLocations:
         stamp = (status.st_mtime_ns, status.st_size)
         if stamp != self._stamp:
             with np.load(self.file) as archive:
-                self._locations = {}
-                for key in archive.files:
-                    case, index = key.rsplit("|", 1)
-                    self._locations.setdefault(case, {})[int(index)] = archive[key]
+                cases, rows = archive["cases"], archive["rows"]
+            # Sorted by case.
+            parts = np.split(rows, np.searchsorted(rows[:, 0], np.arange(1, len(cases))))
+            self._rows = dict(zip(cases.tolist(), parts))
             self._stamp = stamp
-        return self._locations.get(identifier, {})
+        rows = self._rows.get(identifier, np.empty((0, 5), np.int32))
+        return {int(k): np.pad(rows[rows[:, 1] == k, 2:], ((0, 0), (1, 0))) for k in np.unique(rows[:, 1])}
 
     def write(self, locations: dict) -> None:
-        """Replace the file's content, in one step for its readers."""
+        """Replace the file's content, in one step for its readers.
+
+        Args:
+            locations: {case: what ``of`` returns for it}.
+        """
+        rows = [
+            np.column_stack((np.full(len(voxels), i), np.full(len(voxels), k), voxels[:, 1:]))
+            for i, by_class in enumerate(locations.values())
+            for k, voxels in by_class.items()
+        ]
+        table = np.concatenate([np.empty((0, 5), np.int32), *rows]).astype(np.int32)
         with whole(self.file) as temporary:
-            np.savez(temporary, **{f"{case}|{index}": v for case, by in locations.items() for index, v in by.items()})
+            np.savez(temporary, cases=np.array(list(locations)), rows=table)
 
 
 class UnlabeledDataset(nnUNetBaseDataset):

@@ -52,9 +52,11 @@ from nnunet_semiseg.trainers.panel import plot_panel
 GRADIENT_CLIP = 12
 # So many steps in a row with a loss that is not a number end the training.
 MAX_NON_FINITE_STEPS = 20
-# Predicted foreground: cases predicted anew per epoch, and voxels kept per case and class.
+# Predicted foreground: cases predicted anew per epoch, the latest cases that are kept, and voxels per case and class.
+# With 2000 cases and 13 classes that is 2 MB, in memory, in a checkpoint and in the file that the loaders read.
 FOREGROUND_CASES_PER_EPOCH = 8
-FOREGROUND_VOXELS = 500
+FOREGROUND_CASES = 200
+FOREGROUND_VOXELS = 50
 _KEY = "semiseg/"
 _PREVIOUS = "checkpoint_previous.pth"
 # The loaders of a training.
@@ -145,6 +147,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.foreground_locations: dict = {}
         self.absent_classes: set[str] = set()
         self._resumed_random_state = None
+        self._is_resumed = False
         self._non_finite_in_a_row = self._non_finite_total = 0
         self._last_loss = np.zeros((), dtype=np.float32)
         self._epoch_sums: dict[str, list[float]] = {}
@@ -203,6 +206,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def target_transforms(self) -> list:
         """Transforms that follow nnU-Net's own on labeled training patches."""
         return []
+
+    def foreground_of(self, hard: torch.Tensor) -> torch.Tensor:
+        """The part of a hard prediction of a whole case, (1, 1 or R, Z, Y, X), that patches may be centered on."""
+        return hard
+
+    def take_pretrained_weights(self) -> None:
+        """Called at the start of a training whose network has got weights by nnU-Net's ``-pretrained_weights``."""
+        if self.teacher is not None:
+            self.teacher.copy_from(self.network)
 
     def method_state(self) -> dict:
         """What a method has to remember over a restart beside its companions; plain Python values."""
@@ -319,6 +331,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.is_ddp:
             for tensor in (*self.companions.parameters(), *self.companions.buffers()):
                 dist.broadcast(tensor.detach(), 0)
+        self._initial_sums = self._weight_sums()
+
+    def _weight_sums(self) -> torch.Tensor:
+        return torch.stack([p.detach().double().sum() for p in self.network.parameters()])
 
     def get_training_transforms(self, *args, **kwargs):
         """nnU-Net's, and what the method adds."""
@@ -405,6 +421,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.initialize()
         dataset = self._unlabeled_cases = self.unlabeled_dataset() if self.needs_unlabeled() else None
         self._check_labeled_classes()
+        # nnU-Net does not tell its trainer of pretrained weights.
+        if not self._is_resumed and not torch.equal(self._weight_sums(), self._initial_sums):
+            self.take_pretrained_weights()
         self._publish_foreground_locations()
         super().on_train_start()
         resumed, self._resumed_random_state = self._resumed_random_state, None
@@ -737,7 +756,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             for case in sorted(chosen):
                 data = torch.from_numpy(np.asarray(dataset.load_case(case)[0][:]))
                 logits = predictor.predict_sliding_window_return_logits(data).cpu()
-                hard = self.labels.hard(logits[None])
+                hard = self.foreground_of(self.labels.hard(logits[None]))
                 found[case] = {}
                 for k in range(self.labels.num_foreground):
                     voxels = self.labels.is_class(hard, k)[0].nonzero().numpy()
@@ -751,9 +770,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.is_ddp:
             gathered = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, found)
-        for part in gathered:
-            self.foreground_locations |= part
+        self._remember_foreground({case: locations for part in gathered for case, locations in part.items()})
         self._publish_foreground_locations()
+
+    def _remember_foreground(self, found: dict[str, dict]) -> None:
+        """Add the locations of cases, the latest last, and forget those of the oldest."""
+        kept = {case: by for case, by in self.foreground_locations.items() if case not in found} | found
+        self.foreground_locations = dict(list(kept.items())[-FOREGROUND_CASES:])
 
     def _publish_foreground_locations(self) -> None:
         """Make the file that the loader reads what this trainer knows; nothing of an earlier run stays."""
@@ -818,6 +841,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"from its weights use nnUNetv2_train ... -pretrained_weights {file}"
             )
         super().load_checkpoint(str(file))
+        self._is_resumed = True
         if "student" in state:
             unwrap(self.network).load_state_dict(state["student"])
         self.companions.load_state_dict(state["companions"])
@@ -825,10 +849,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._resumed_random_state = state["random"][self.local_rank]
         self._non_finite_total = state["non_finite_steps"]
         self.load_method_state(state["method"])
-        self.foreground_locations = {
-            case: {k: v.cpu().numpy() for k, v in by_class.items()}
-            for case, by_class in state["foreground_locations"].items()
-        }
+        self._remember_foreground(
+            {
+                case: {k: v.cpu().numpy()[:FOREGROUND_VOXELS] for k, v in by_class.items()}
+                for case, by_class in state["foreground_locations"].items()
+            }
+        )
 
     def _readable_checkpoint(self, file: Path) -> tuple[Path, dict]:
         try:

@@ -77,8 +77,10 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
       (``origin_normalized``): slivers of an organ that the cuboid's edge cuts off then count as much as the whole organ
       on the other side.
     * Labeled patches are not mixed while pretraining; mixing them measured no better (docs/results.md).
-    * Unlabeled patches are centered on predicted foreground with the probability that nnU-Net's labeled ones have. A
-      few cases are predicted in each epoch, so that in a short run many have no foreground yet.
+    * An unlabeled patch is centered on predicted foreground with probability 0.33. (nnU-Net's setting of that value
+      forces it for a rounded number of the labeled patches: one of a batch of 2, three of 8.) A few cases are predicted
+      in each epoch, so that in a short run many have no foreground yet. With ``largest_component`` only that of each
+      class is used, in the whole case: a far false blob would attract patches for the rest of the run.
     * Phase 2 starts when every class is found in labeled patches (``min_recall``), so that pseudo labels do not teach
       that a class is absent.
     * ``largest_component`` is wrong for structures in several pieces (tumors, ribs): turn it off there.
@@ -95,6 +97,9 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
 
     def predicting(self):
         return self.options.predict_with
+
+    def foreground_of(self, hard):
+        return keep_largest_components(hard, self.labels) if self.options.largest_component else hard
 
     def start_phase_2(self):
         self.teacher.copy_from(self.network)
@@ -151,10 +156,7 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
     def pseudo_labels(self, weak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hard pseudo labels of the teacher, and its (B, C, *) logits."""
         logits = self.logits(self.teacher_network, weak)
-        hard = self.labels.hard(logits)
-        if self.options.largest_component:
-            hard = keep_largest_components(hard, self.labels)
-        return hard, logits
+        return self.foreground_of(self.labels.hard(logits)), logits
 
     def mixed_losses(self, data, hard, valid):
         """X_out, then X_in; if labeled patches have a pass of their own, one of the two."""

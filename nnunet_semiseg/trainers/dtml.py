@@ -24,7 +24,7 @@ HEAD_DEVIATION = 1e-3
 class DTMLOptions(SecondNetworkOptions, DistanceOptions):
     preset: str = option(
         "default",
-        "paper: ramp over the whole run; code: also consistency weight 1 in both networks' losses, which adds up to 2",
+        "paper: ramp over the whole run; code: also its consistency, weight 2 beside half of M_s's loss",
         choices=("default", "paper", "code"),
     )
     supervision: str = option("mask", "what M_d learns from labels (Table 1)", choices=("mask", "distance", "both"))
@@ -38,7 +38,8 @@ class DTMLOptions(SecondNetworkOptions, DistanceOptions):
 
 DTMLOptions.PRESETS = {
     "paper": dict(consistency_weight=0.1, **WHOLE_RUN),
-    "code": dict(consistency_weight=2.0, **WHOLE_RUN),
+    # 2 (the term is in both losses) beside half of a Dice and cross-entropy, which counts whole here.
+    "code": dict(consistency_weight=4.0, **WHOLE_RUN),
 }
 
 
@@ -60,13 +61,14 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
     * Eq. 2 has the wrong sign for distances that are negative inside: sigmoid(-k z).
     * lambda(t) lacks the square of the Gaussian ramp-up. The paper's maximum is 0.1, which is the default here. The
       code's is 1, but it adds the same term to both losses and back-propagates both, so it works as 2.
+    * The losses of both networks have weight 1. The code's M_s has half of a Dice and cross-entropy, so that its 2 is 4
+      here (``preset=code``); for M_d, whose Dice counts whole in the code as well, that is twice the code's weight.
     * Distances are divided by a constant (``max_distance``), not by the patch's own maximum.
     * The output of M_d is -o, with a background channel that stays 0. Its argmax is the mask of z < 0, so that M_d is a
       plain nnU-Net too (see TwoNetworkTrainer).
     * z = tanh(o / k) where only the mask is learned, so that sigmoid(-k z) is about sigmoid(-o). With tanh(o) and
       k = 1500 hardly a voxel has a gradient after the first steps: the loss then stays where it is. So it is in the
       presets, too. Where distances are learned, z = tanh(o), and the segmentation layers start small.
-    * The losses of both networks have weight 1; the code's M_s has half of a Dice and cross-entropy.
     * L_mask has deep supervision, as nnU-Net's own loss; the consistency is at full resolution.
     """
 

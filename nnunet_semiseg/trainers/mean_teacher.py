@@ -35,7 +35,8 @@ class MeanTeacherOptions(TeacherOptions, RampOptions):
     preset: str = option("default", "paper: the baseline of the papers' tables", choices=("default", "paper"))
 
 
-MeanTeacherOptions.PRESETS = {"paper": dict(consistency_weight=0.1, student_view="weak", **WHOLE_RUN)}
+# 0.1 beside half of a Dice and cross-entropy, which counts whole here.
+MeanTeacherOptions.PRESETS = {"paper": dict(consistency_weight=0.2, student_view="weak", **WHOLE_RUN)}
 
 
 class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
@@ -46,7 +47,8 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     * Teacher: average of the student's weights with decay min(1 - 1 / (t + 1), ``ema_decay``), no gradient.
     * Noise: N(0, ``noise``^2), clamped to two standard deviations.
     * w(t) = ``consistency_weight`` exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up``.
-      The papers have 0.1 beside half of a Dice and cross-entropy, over the whole run.
+      The papers have 0.1 beside half of a Dice and cross-entropy, over the whole run; beside nnU-Net's whole sum that
+      is the 0.2 of the preset.
 
     ``student_view=weak`` gives student and teacher the same image but for the noise, as the papers' code does. With
     ``strong`` the student also sees nnU-Net's intensity augmentation.

@@ -11,6 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_semiseg import checkpoints
+from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.second import second_plans
 from nnunet_semiseg.trainers.base import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import option
@@ -60,6 +61,20 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     @property
     def trained_networks(self):
         return self.student, self.second
+
+    def take_pretrained_weights(self):
+        """Into B as well, all but the segmentation layers, as nnU-Net does with A."""
+        super().take_pretrained_weights()
+        second = self.companions["second"].state_dict()
+        weights = {k: v for k, v in unwrap(self.network).state_dict().items() if ".seg_layers." not in k}
+        if any(k not in second or second[k].shape != v.shape for k, v in weights.items()):
+            self.print_to_log_file(
+                "WARNING: -pretrained_weights reach the first network only: the second has another architecture "
+                f"(second_network={self.options.second_network})"
+            )
+            return
+        self.companions["second"].load_state_dict({**second, **weights})
+        self.print_to_log_file("-pretrained_weights: both networks start from them")
 
     def writes_second(self) -> bool:
         """False for a setting of the method in which only one of the networks learns."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.intensity.brightness import BrightnessAdditiveTransform
+from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -11,6 +16,7 @@ from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransfor
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
@@ -49,15 +55,16 @@ class TwoViewTransform(BasicTransform):
 
     Args:
         training_transforms: What ``get_training_transforms`` returns.
+        strength: Of the strong view: "nnunet" as in training, "strong" with ``strong_intensities`` as well.
     """
 
-    def __init__(self, training_transforms: ComposeTransforms):
+    def __init__(self, training_transforms: ComposeTransforms, strength: str = "nnunet"):
         super().__init__()
         transforms = [t for t in training_transforms.transforms if not _is_one_of(t, _SEGMENTATION_ONLY)]
         intensity = [t for t in transforms if not _is_one_of(t, (*_GEOMETRY, MaskImageTransform))]
         self.geometry = ComposeTransforms([t for t in transforms if _is_one_of(t, _GEOMETRY)])
         self.masking = ComposeTransforms([t for t in transforms if _is_one_of(t, (MaskImageTransform,))])
-        self.intensity = ComposeTransforms(intensity)
+        self.intensity = ComposeTransforms([*intensity, *(strong_intensities() if strength == "strong" else ())])
         self.transforms = (self.geometry, self.masking, self.intensity)
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict:
@@ -72,6 +79,22 @@ class TwoViewTransform(BasicTransform):
         strong = self.intensity(image=sample["image"].clone(), segmentation=sample["segmentation"])
         strong = self.masking(**strong)["image"]
         return {"image": torch.cat((weak, strong)), "segmentation": sample["segmentation"]}
+
+
+def strong_intensities() -> list[BasicTransform]:
+    """Changes that nearly every patch gets; nnU-Net's own leave a third of all patches as they are.
+
+    Contrast about the patch's mean by 0.5 to 1.5 and brightness by 0.5 standard deviations of the normalized
+    intensities for four in five patches; gamma, noise and blur for every second.
+    """
+    each = dict(synchronize_channels=False, p_per_channel=1)
+    return [
+        RandomTransform(ContrastTransform(BGContrast((0.5, 1.5)), preserve_range=False, **each), 0.8),
+        RandomTransform(BrightnessAdditiveTransform(0.0, 0.5, **each), 0.8),
+        RandomTransform(GammaTransform(BGContrast((0.5, 2.0)), p_invert_image=0, p_retain_stats=1, **each), 0.5),
+        RandomTransform(GaussianNoiseTransform((0, 0.1), **each), 0.5),
+        RandomTransform(GaussianBlurTransform((0.5, 1.0), synchronize_axes=False, **each), 0.5),
+    ]
 
 
 def fix_transform_arithmetic(transform: BasicTransform) -> None:

@@ -1,8 +1,13 @@
-"""Copy-paste of one image into another (Bai et al. 2023)."""
+"""Copy-paste of one image into another (Bai et al. 2023), and boxes exchanged between patches (Yun et al. 2019)."""
 
 from __future__ import annotations
 
 import torch
+
+
+def beta_side(dimensions: int, alpha: float) -> float:
+    """Side of a box whose share of the patch is drawn from Beta(alpha, alpha): the d-th root of the draw."""
+    return float(torch.distributions.Beta(alpha, alpha).sample()) ** (1 / dimensions)
 
 
 def random_cuboid(shape, fraction: float) -> torch.Tensor:

@@ -459,7 +459,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             patch_size,
             self.label_manager,
             oversample_foreground_percent=self.options.unlabeled_foreground_sampling,
-            transforms=TwoViewTransform(transforms),
+            transforms=TwoViewTransform(transforms, getattr(self.options, "strong_view", "nnunet")),
         )
         # The labeled loader keeps nnU-Net's number of processes; a step with both halves takes twice as long, so half
         # of it keeps up.

@@ -20,6 +20,7 @@ TRAINERS = {
     "nnUNetTrainerCPS": "nnunet_semiseg.trainers.cps",
     "nnUNetTrainerDTML": "nnunet_semiseg.trainers.dtml",
     "nnUNetTrainerDTC": "nnunet_semiseg.trainers.dtc",
+    "nnUNetTrainerCutMix": "nnunet_semiseg.trainers.cutmix",
     "nnUNetTrainerDualStream": "nnunet_semiseg.trainers.dual_stream",
 }
 

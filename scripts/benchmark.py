@@ -126,10 +126,7 @@ def read_settings(file: Path) -> Settings:
     """
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}. docs/benchmark.md shows what to write into it")
-    try:
-        content = read_json(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    content = read_json(file, cure="docs/benchmark.md shows what to write into it")
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object. docs/benchmark.md shows what to write into it")
     for key, value in content.items():
@@ -203,7 +200,7 @@ def make_folds(
 
 def read_if_whole(file: Path) -> dict | None:
     """The content, or None if the file is missing or cut off."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
+    with suppress(FileNotFoundError, ValueError):
         return read_json(file)
     return None
 

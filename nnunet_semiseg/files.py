@@ -105,6 +105,14 @@ def write_csv(file: Path, header: list[str], rows: Iterable) -> None:
     write_text(file, text.getvalue())
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The files of a folder, sorted, without hidden ones (macOS leaves ``._CASE`` beside CASE).
+
+    A link whose target is gone is one of them: whoever reads it says so.
+    """
+    return sorted(p for p in Path(folder).iterdir() if not p.is_dir() and not p.name.startswith("."))
+
+
 def link(source: Path, target: Path) -> None:
     """Make ``target`` a symbolic link to a file; a copy where the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_semiseg.data.preprocessing import SUFFIXES, preprocess_cases
+from nnunet_semiseg.data.splits import read_splits
 from nnunet_semiseg.data.unlabeled import store_folder
 from nnunet_semiseg.datasets import CaseError, Dataset, check_there
 from nnunet_semiseg.files import link, read_json, visible_files, write_json
@@ -53,13 +54,14 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
             check_there(file)
     splits_file = dataset.preprocessed / "splits_final.json"
     if splits_file.is_file():
-        splits = read_json(splits_file)
+        splits = read_splits(splits_file)
     else:
         # As nnU-Net makes it with the first training.
         splits = generate_crossval_split(sorted(labeled), seed=12345, n_splits=5)
     absent = [fold for fold in folds if fold >= len(splits)]
     if absent:
-        raise ValueError(f"{splits_file} has {len(splits)} folds, so there is no fold {absent[0]}. They count from 0")
+        number = f"{len(splits)} fold{'s' if len(splits) > 1 else ''}"
+        raise ValueError(f"{splits_file} has {number}, there is no fold {absent[0]}. They count from 0")
     chosen = {fold: splits[fold] for fold in folds}
     hidden = [sorted(split.get("unlabeled", [])) for split in chosen.values()]
     unknown = sorted({c for cases in hidden for c in cases} - set(labeled))

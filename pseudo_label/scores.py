@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
@@ -202,6 +202,7 @@ def score_members(
     processes: int = DEFAULT_PROCESSES,
     overwrite: bool = False,
     allow_identical: bool = False,
+    hidden: Collection[str] = (),
 ) -> dict[str, CaseScore]:
     """Consensus and scores of all cases in the folders of two or more members.
 
@@ -219,6 +220,7 @@ def score_members(
         processes: Each holds one case in memory.
         overwrite: Remove what an earlier call left in ``out`` first.
         allow_identical: Members may agree in every voxel of every case.
+        hidden: Cases in ``labeled`` whose label maps are not read.
 
     Returns:
         {case: its scores}, sorted.
@@ -242,6 +244,7 @@ def score_members(
         "metric": metric,
         "both_empty": both_empty,
         "labeled": labeled and os.path.abspath(labeled),
+        **({"hidden": sorted(hidden)} if hidden else {}),
         "classes": {name: list(values) for name, values in zip(classes.names, classes.values)},
         "regions_class_order": classes.region_order and list(classes.region_order),
         "ignore": classes.ignore,
@@ -260,7 +263,7 @@ def score_members(
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     write_json(out / "score.json", settings)
 
-    volumes = labeled and _labeled_volumes(Path(labeled), out, classes, processes)
+    volumes = labeled and _labeled_volumes(Path(labeled), out, classes, processes, hidden)
     missing = [case for case in files if case not in done]
     if missing:
         # They are there when all cases are done, and only then.
@@ -393,14 +396,16 @@ def _refuse_identical(files: dict[str, list[Path]], classes: Classes) -> None:
         )
 
 
-def _labeled_volumes(folder: Path, out: Path, classes: Classes, processes: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _labeled_volumes(
+    folder: Path, out: Path, classes: Classes, processes: int, hidden: Collection[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Mean and standard deviation over labeled cases of each class's volume in mm3, (R,) each; None for fewer than two.
 
     A case without the class counts as 0. The volumes are kept in ``out``.
     """
     file = out / "labeled_volumes.json"
     if not file.is_file():
-        jobs = {case: (path, classes) for case, path in find_files(folder).items()}
+        jobs = {case: (path, classes) for case, path in find_files(folder).items() if case not in hidden}
         volumes, failures = over_cases(_volumes_of, jobs, processes, "Volumes of labeled cases")
         if failures:
             print("\n".join(failures), file=sys.stderr)

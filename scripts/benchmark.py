@@ -32,6 +32,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg import checkpoints
+from nnunet_semiseg.data.splits import read_splits
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import Dataset, check_variables, dataset_name
 from nnunet_semiseg.files import read_json, read_table, whole, write_csv, write_json, write_text
@@ -329,7 +330,7 @@ class Benchmark:
         if self.settings.validation:
             return self.settings.validation
         if self.splits_file.is_file():
-            return read_json(self.splits_file)[0]["val"]
+            return read_splits(self.splits_file)[0]["val"]
         if len(self.cases) < 5:
             raise ValueError(
                 f"{self.dataset.name} has {len(self.cases)} cases, too few for nnU-Net's own split. Name the "

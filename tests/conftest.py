@@ -130,6 +130,22 @@ def prepared(work):
     return prepare
 
 
+@pytest.fixture
+def splits(prepared, work):
+    """``splits(content, kind)``: another splits_final.json, text or folds, until the test ends."""
+    kept = {}
+
+    def write(content, kind="labels"):
+        file = work / "preprocessed" / prepared(kind) / "splits_final.json"
+        kept.setdefault(file, file.read_text())
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return file
+
+    yield write
+    for file, text in kept.items():
+        file.write_text(text)
+
+
 EVERYWHERE = [(kind, configuration) for kind in ("labels", "regions") for configuration in ("2d", "3d_fullres")]
 
 # Of every method and preset, a term that there is as soon as it uses unlabeled data.

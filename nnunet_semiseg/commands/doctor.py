@@ -228,10 +228,13 @@ def _check_labeled_files(report: Report, dataset, images: dict) -> None:
 
 def _hides_labels(dataset) -> bool:
     """Whether a fold of splits_final.json withholds labels, so that the dataset needs no imagesUn."""
-    from batchgenerators.utilities.file_and_folder_operations import load_json
+    from nnunet_semiseg.data.splits import all_hidden_cases
 
-    splits = dataset.preprocessed / "splits_final.json"
-    return splits.is_file() and any(fold.get("unlabeled") for fold in load_json(str(splits)))
+    try:
+        return bool(all_hidden_cases(dataset.preprocessed / "splits_final.json"))
+    except ValueError:
+        # Reported where the folds are checked.
+        return False
 
 
 def _check_images(report: Report, dataset, images: dict, plans_name: str) -> None:
@@ -314,7 +317,7 @@ def _spacing_warning(report: Report, dataset, spacing) -> str | None:
 
 
 def _check_plans(report: Report, dataset, names: list[str]) -> None:
-    from nnunet_semiseg.data.splits import hidden_cases
+    from nnunet_semiseg.data.splits import hidden_cases, read_splits
     from nnunet_semiseg.data.unlabeled import check_store, store_folder
 
     for name in names:
@@ -341,9 +344,13 @@ def _check_plans(report: Report, dataset, names: list[str]) -> None:
                 report.warn(message, command)
     splits = dataset.preprocessed / "splits_final.json"
     if splits.is_file():
-        from batchgenerators.utilities.file_and_folder_operations import load_json
-
-        for fold in range(len(load_json(str(splits)))):
+        try:
+            folds = len(read_splits(splits))
+        except ValueError as error:
+            message, cure = str(error).rsplit(". ", 1)
+            report.problem(message, cure)
+            folds = 0
+        for fold in range(folds):
             try:
                 hidden = hidden_cases(splits, fold, dataset.labeled_cases())
                 report.ok(f"splits_final.json, fold {fold}: {len(hidden)} cases with hidden labels")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import REPOSITORY, SHORT, make_case, write_image
+from conftest import SHORT, make_case, write_image
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.trainers.registry import TRAINERS

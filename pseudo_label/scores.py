@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
@@ -202,6 +202,7 @@ def score_members(
     processes: int = DEFAULT_PROCESSES,
     overwrite: bool = False,
     allow_identical: bool = False,
+    hidden: Collection[str] = (),
 ) -> dict[str, CaseScore]:
     """Consensus and scores of all cases in the folders of two or more members.
 
@@ -219,6 +220,7 @@ def score_members(
         processes: Each holds one case in memory.
         overwrite: Remove what an earlier call left in ``out`` first.
         allow_identical: Members may agree in every voxel of every case.
+        hidden: Cases in ``labeled`` whose label maps are not read.
 
     Returns:
         {case: its scores}, sorted.
@@ -231,6 +233,7 @@ def score_members(
     files = find_cases(members)
     probabilities = _find_probabilities(members, files, consensus)
     consensus = consensus or ("majority" if probabilities is None else "mean")
+    classes.check_order()
     for name, values in zip(classes.names, classes.values):
         if 0 in values:
             raise ValueError(f"The region {name} contains the background (0). Agreement on background is no score")
@@ -241,6 +244,7 @@ def score_members(
         "metric": metric,
         "both_empty": both_empty,
         "labeled": labeled and os.path.abspath(labeled),
+        **({"hidden": sorted(hidden)} if hidden else {}),
         "classes": {name: list(values) for name, values in zip(classes.names, classes.values)},
         "regions_class_order": classes.region_order and list(classes.region_order),
         "ignore": classes.ignore,
@@ -259,7 +263,7 @@ def score_members(
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     write_json(out / "score.json", settings)
 
-    volumes = labeled and _labeled_volumes(Path(labeled), out, classes, processes)
+    volumes = labeled and _labeled_volumes(Path(labeled), out, classes, processes, hidden)
     missing = [case for case in files if case not in done]
     if missing:
         # They are there when all cases are done, and only then.
@@ -355,11 +359,11 @@ def _check_out(out: Path, settings: dict, overwrite: bool) -> None:
         if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise ValueError(f"{out} has other files and no score.json. Choose a new or empty folder for -o")
         return
-    before = read_json(file)
+    before = settings if overwrite else read_json(file, settings, "Use --overwrite to score it anew, or another -o")
     for key, value in settings.items():
-        if not overwrite and before.get(key) != value:
+        if before[key] != value:
             raise ValueError(
-                f"{out} was scored with {key} {_shown(before.get(key))}, not {_shown(value)}. Use --overwrite to score "
+                f"{out} was scored with {key} {_shown(before[key])}, not {_shown(value)}. Use --overwrite to score "
                 "it anew, or another -o"
             )
 
@@ -392,14 +396,16 @@ def _refuse_identical(files: dict[str, list[Path]], classes: Classes) -> None:
         )
 
 
-def _labeled_volumes(folder: Path, out: Path, classes: Classes, processes: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _labeled_volumes(
+    folder: Path, out: Path, classes: Classes, processes: int, hidden: Collection[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Mean and standard deviation over labeled cases of each class's volume in mm3, (R,) each; None for fewer than two.
 
     A case without the class counts as 0. The volumes are kept in ``out``.
     """
     file = out / "labeled_volumes.json"
     if not file.is_file():
-        jobs = {case: (path, classes) for case, path in find_files(folder).items()}
+        jobs = {case: (path, classes) for case, path in find_files(folder).items() if case not in hidden}
         volumes, failures = over_cases(_volumes_of, jobs, processes, "Volumes of labeled cases")
         if failures:
             print("\n".join(failures), file=sys.stderr)
@@ -481,6 +487,7 @@ def read_scores(out: Path) -> dict[str, CaseScore]:
 
     Raises:
         FileNotFoundError: if the folder is not scored, or not all of its cases.
+        ValueError: naming the file that is damaged.
     """
     if not (Path(out) / "score.json").is_file():
         raise FileNotFoundError(f"{out} has no score.json. Score members into it: pseudo_label score -i ... -o {out}")
@@ -495,10 +502,14 @@ def read_scores(out: Path) -> dict[str, CaseScore]:
 def _read_cases(out: Path) -> dict[str, CaseScore]:
     scores = {}
     for file in sorted((out / "cases").glob("[!.]*.json"), key=lambda file: file.stem):
-        content = read_json(file)
+        again = "Remove it, and run the same pseudo_label score again"
+        content = read_json(file, ("members", *(field.name for field in fields(CaseScore))), again)
         del content["members"]
-        content["classes"] = {name: ClassScore(**values) for name, values in content["classes"].items()}
-        scores[content["case"]] = CaseScore(**content)
+        try:
+            content["classes"] = {name: ClassScore(**values) for name, values in content["classes"].items()}
+            scores[content["case"]] = CaseScore(**content)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"{file} has not what pseudo_label score writes ({error}). {again}") from None
     return scores
 
 

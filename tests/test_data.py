@@ -54,7 +54,13 @@ class TestSplits:
         assert hidden_cases(file, 0, CASES) == []
         file.write_text(json.dumps([{"train": ["case_00"], "val": ["case_01"], "unlabeled": ["case_02"]}]))
         assert hidden_cases(file, 0, CASES) == ["case_02"]
-        assert hidden_cases(file, "all", CASES) == []
+        with pytest.raises(ValueError, match="hides labels in 1 of 1 fold, and fold all would train on them"):
+            hidden_cases(file, "all", CASES)
+        with pytest.raises(ValueError, match="has 1 fold, there is no fold 1: .* Train fold 0, or write more folds"):
+            hidden_cases(file, 1, CASES)
+        file.write_text(json.dumps([{"train": ["case_00"], "val": ["case_01"]}]))
+        # Nothing is hidden, so nnU-Net's own rules hold.
+        assert hidden_cases(file, "all", CASES) == hidden_cases(file, 1, CASES) == []
         for split, message in (
             ({"train": ["case_77"], "val": []}, "'train' names case_77"),
             (
@@ -65,6 +71,30 @@ class TestSplits:
             file.write_text(json.dumps([split]))
             with pytest.raises(ValueError, match=message):
                 hidden_cases(file, 0, CASES)
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('{"train": ["case_00"], "val": ["case_01"]}', r"is an object; nnU-Net wants a list"),
+        ("[]", "is empty; nnU-Net wants a list"),
+        ('[["case_00"]]', r"fold 0 is no object \{train: "),
+        (
+            '[{"training": ["case_00"], "validation": ["case_01"]}]',
+            "fold 0 has no key 'train', only 'training', 'validation'. Rename the keys to 'train' and 'val'",
+        ),
+        ('[{"train": ["case_00"]}]', "fold 0 has no key 'val', only 'train'"),
+        ('[{"train": "case_00", "val": []}]', "fold 0: 'train' is no list of cases"),
+        ('[{"train": [], "val": [], "unlabeled": {"case_00": 1}}]', "fold 0: 'unlabeled' is no list of cases"),
+        ('[{"train": ["case_00", "ca', "is cut off, or no valid JSON"),
+    ],
+)
+def test_splits_that_cannot_be_read_name_the_file_and_the_key(tmp_path, text, complaint):
+    file = tmp_path / "splits_final.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=complaint) as error:
+        hidden_cases(file, 0, CASES)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_split_command_refuses_then_backs_up(prepared, work, capsys):

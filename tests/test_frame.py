@@ -410,7 +410,8 @@ def test_cascade_is_refused_at_start_with_the_way_out(make_trainer, prepared, wo
         file.write_text(original)
 
 
-def test_all_as_fold_trains(started):
+def test_all_as_fold_trains_where_no_fold_hides_labels(started, splits):
+    splits([{"train": ["lab_00", "lab_01"], "val": ["lab_02"]}])
     trainer = started(short("nnUNetTrainerMeanTeacher"), fold="all")
     assert trainer.dataloader_unlabeled.data_loader._data.identifiers == [f"unl_{i:02d}" for i in range(4)]
     train_steps(trainer, 1)

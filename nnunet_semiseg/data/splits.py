@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_semiseg.files import read_json
 
 
 def make_splits(
@@ -63,6 +64,75 @@ def make_splits(
     return result
 
 
+_CURE = "Write the splits anew with nnunet_semiseg split --overwrite"
+
+
+def read_splits(file: Path) -> list[dict]:
+    """The folds in a ``splits_final.json``.
+
+    Raises:
+        OSError, ValueError: naming the file, if it is no list of folds with lists of cases ``train`` and ``val``, and
+            ``unlabeled`` if there is one.
+    """
+    splits = read_json(file, cure=_CURE)
+    if not isinstance(splits, list) or not splits:
+        kind = "an object" if isinstance(splits, dict) else "empty" if splits == [] else "no list"
+        raise ValueError(f"{file} is {kind}; nnU-Net wants a list with an object for each fold. {_CURE}")
+    for fold, split in enumerate(splits):
+        if not isinstance(split, dict):
+            raise ValueError(f"{file}, fold {fold} is no object {{train: [case, ...], val: [case, ...]}}. {_CURE}")
+        for key in ("train", "val", "unlabeled"):
+            if key not in split and key != "unlabeled":
+                raise ValueError(
+                    f"{file}, fold {fold} has no key '{key}', only {', '.join(map(repr, split)) or 'none'}. Rename the "
+                    "keys to 'train' and 'val', as nnU-Net calls them"
+                )
+            cases = split.get(key, [])
+            if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+                raise ValueError(f"{file}, fold {fold}: '{key}' is no list of cases. {_CURE}")
+    return splits
+
+
+def check_fold(splits_file: Path, fold: int | str) -> None:
+    """Refuse a fold whose training would see labels that other folds hide.
+
+    nnU-Net trains fold ``all`` on every label, and a fold that the file lacks on a random 80 percent of them.
+
+    Args:
+        splits_file: ``splits_final.json``; it may be missing.
+        fold: nnU-Net's fold.
+
+    Raises:
+        ValueError: naming the file and what to do; also as ``read_splits``.
+    """
+    if not splits_file.is_file():
+        return
+    splits = read_splits(splits_file)
+    if fold != "all" and 0 <= fold < len(splits):
+        return
+    hiding = sum(bool(split.get("unlabeled")) for split in splits)
+    if not hiding:
+        return
+    folds = f"{len(splits)} fold{'s' if len(splits) > 1 else ''}"
+    there = "fold 0" if len(splits) == 1 else f"one of the folds 0 to {len(splits) - 1}"
+    if fold == "all":
+        raise ValueError(
+            f"{splits_file} hides labels in {hiding} of {folds}, and fold all would train on them. Train {there}; or "
+            "move the file away, if nothing is to be hidden any more"
+        )
+    raise ValueError(
+        f"{splits_file} has {folds}, there is no fold {fold}: nnU-Net would train it on a random part of all labels, "
+        f"hidden ones included. Train {there}, or write more folds with nnunet_semiseg split --folds"
+    )
+
+
+def all_hidden_cases(splits_file: Path) -> set[str]:
+    """The cases whose labels any fold hides; none if the file is missing. Raises as ``read_splits``."""
+    if not splits_file.is_file():
+        return set()
+    return {case for split in read_splits(splits_file) for case in split.get("unlabeled", [])}
+
+
 def hidden_cases(splits_file: Path, fold: int | str, known: list[str]) -> list[str]:
     """The cases whose labels ``fold`` must not see, after a check of the whole fold.
 
@@ -73,11 +143,12 @@ def hidden_cases(splits_file: Path, fold: int | str, known: list[str]) -> list[s
 
     Raises:
         ValueError: naming the file and the case, if the fold names an unknown case or an unlabeled case is also in
-            ``train`` or ``val``.
+            ``train`` or ``val``; also as ``check_fold``.
     """
+    check_fold(splits_file, fold)
     if fold == "all" or not splits_file.is_file():
         return []
-    splits = load_json(str(splits_file))
+    splits = read_splits(splits_file)
     if fold >= len(splits):
         return []
     split = splits[fold]
@@ -94,8 +165,5 @@ def hidden_cases(splits_file: Path, fold: int | str, known: list[str]) -> list[s
     for key in ("train", "val"):
         overlap = sorted(set(hidden) & set(split[key]))
         if overlap:
-            raise ValueError(
-                f"{splits_file}, fold {fold}: {overlap[0]} is in 'unlabeled' and in '{key}'. "
-                "Write the splits anew with nnunet_semiseg split --overwrite"
-            )
+            raise ValueError(f"{splits_file}, fold {fold}: {overlap[0]} is in 'unlabeled' and in '{key}'. {_CURE}")
     return list(hidden)

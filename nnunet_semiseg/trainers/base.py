@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -29,7 +30,7 @@ from torch import autocast, nn
 import nnunet_semiseg
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.randomness import RandomStream, global_state, seed_everything, set_global_state
-from nnunet_semiseg.data.splits import hidden_cases
+from nnunet_semiseg.data.splits import check_fold, hidden_cases
 from nnunet_semiseg.data.unlabeled import (
     ForegroundLocations,
     UnlabeledDataLoader,
@@ -45,7 +46,7 @@ from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmen
 from nnunet_semiseg.losses.ramps import ramp_up_between
 from nnunet_semiseg.networks.ema import EMATeacher, unwrap
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.options import build_options, option
+from nnunet_semiseg.trainers.options import build_options, check_folder_name, option
 from nnunet_semiseg.trainers.panel import plot_panel
 
 # nnU-Net's own value for the student; the companions are clipped apart from it.
@@ -112,6 +113,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     """
 
     Options = FrameOptions
+    # What the trainer's name gets in the name of a second network's model folder.
+    SECOND_FOLDER = ""
     # Set by the class that a name with options makes (registry.find_trainer).
     chosen_options: dict = {}
     chosen_schedule: dict = {}
@@ -125,6 +128,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ):
         self._refuse_cascade(plans, configuration)
+        # Before anything is made, and whatever this trainer is to do: train, fine-tune or validate.
+        check_fold(Path(str(nnUNet_preprocessed)) / plans["dataset_name"] / "splits_final.json", fold)
+        check_folder_name(type(self).__name__ + self.SECOND_FOLDER, plans["plans_name"], configuration)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
@@ -358,8 +364,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         labeled_folder = Path(self.preprocessed_dataset_folder)
         store = store_folder(labeled_folder)
         labeled_cases = self.dataset_class.get_identifiers(str(labeled_folder))
-        splits_file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-        hidden = hidden_cases(splits_file, self.fold, labeled_cases)
+        hidden = self._hidden_cases()
         stored = check_store(store, self.plans_manager, self.configuration_manager, self._preprocess_command)
         twice = sorted(set(stored) & set(labeled_cases))
         if twice:
@@ -378,6 +383,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         locations = ForegroundLocations(self._foreground_file) if self.options.unlabeled_foreground_sampling else None
         return UnlabeledDataset([(str(store), stored), (str(labeled_folder), hidden)], locations)
+
+    def _hidden_cases(self) -> list[str]:
+        """Labeled cases whose labels this fold hides, after a check of the fold."""
+        known = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+        return hidden_cases(Path(self.preprocessed_dataset_folder_base) / "splits_final.json", self.fold, known)
+
+    def do_split(self):
+        """nnU-Net's, after a check of the fold: labels are read through here, and not otherwise."""
+        self._hidden_cases()
+        return super().do_split()
 
     @property
     def _foreground_file(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nnunet_semiseg.data.splits import all_hidden_cases
 from nnunet_semiseg.datasets import Dataset, dataset_name
 from nnunet_semiseg.parallel import add_processes_argument
 from nnunet_semiseg.segmentations import Classes
@@ -34,7 +35,8 @@ def add_arguments(parser):
         "--labeled",
         type=Path,
         metavar="FOLDER",
-        help="label maps of labeled cases, whose volumes to compare with (default: with -d, those of its labelsTr)",
+        help="label maps of labeled cases, whose volumes to compare with (default: with -d, those of its labelsTr that "
+        "no fold hides)",
     )
     parser.add_argument(
         "--consensus",
@@ -55,7 +57,7 @@ def add_arguments(parser):
 
 
 def run(args) -> None:
-    classes, labeled = _classes(args)
+    classes, labeled, hidden = _classes(args)
     if args.labeled is not None and not args.labeled.is_dir():
         raise FileNotFoundError(f"--labeled {args.labeled} is not a folder")
     scores = score_members(
@@ -69,6 +71,7 @@ def run(args) -> None:
         args.labeled or labeled,
         args.np,
         args.overwrite,
+        hidden=frozenset() if args.labeled else hidden,
     )
     empty = [case for case, score in scores.items() if score.score is None]
     if empty:
@@ -83,19 +86,23 @@ def run(args) -> None:
     print(f"Written to {args.o}")
 
 
-def _classes(args) -> tuple[Classes, Path | None]:
-    """The classes, and the folder of the labeled cases' label maps if there is one."""
-    labeled = None
+def _classes(args) -> tuple[Classes, Path | None, set[str]]:
+    """The classes, the folder of the labeled cases' label maps if there is one, and the cases in it that are hidden."""
+    labeled, hidden = None, set()
     if args.d:
         dataset = Dataset(dataset_name(args.d))
-        classes = Classes.from_dataset_json(dataset.json)
+        classes = Classes.from_file(dataset.json_file)
+        classes.check_order(dataset.json_file)
         # nnU-Net keeps a copy beside the preprocessed data.
         folders = (dataset.raw / "labelsTr", dataset.preprocessed / "gt_segmentations")
         labeled = next((folder for folder in folders if folder.is_dir()), None)
+        hidden = all_hidden_cases(dataset.preprocessed / "splits_final.json")
     elif args.dataset_json or (args.i[0] / "dataset.json").is_file():
-        classes = Classes.from_file(args.dataset_json or args.i[0] / "dataset.json")
+        file = args.dataset_json or args.i[0] / "dataset.json"
+        classes = Classes.from_file(file)
+        classes.check_order(file)
     else:
-        return find_labels(args.i, args.np), None
+        return find_labels(args.i, args.np), None, hidden
     for member in args.i:
         file = member / "dataset.json"
         if file.is_file():
@@ -106,4 +113,4 @@ def _classes(args) -> tuple[Classes, Path | None]:
                     f"{file} has the classes {', '.join(own.names)} with other names, values or order than "
                     f"{', '.join(classes.names)}. Members must have the same labels, and -d or --dataset-json, too"
                 )
-    return classes, labeled
+    return classes, labeled, hidden

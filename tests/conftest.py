@@ -26,8 +26,8 @@ import SimpleITK as sitk  # noqa: E402
 import torch  # noqa: E402
 
 from nnunet_semiseg import cli  # noqa: E402
-from nnunet_semiseg.trainers.pretraining import TwoPhaseTrainer  # noqa: E402
-from nnunet_semiseg.trainers.registry import find_trainer  # noqa: E402
+from nnunet_semiseg.trainers.frame import TwoPhaseTrainer  # noqa: E402
+from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -149,7 +149,8 @@ def splits(prepared, work):
 EVERYWHERE = [(kind, configuration) for kind in ("labels", "regions") for configuration in ("2d", "3d_fullres")]
 
 # Of every method and preset, a term that there is as soon as it uses unlabeled data.
-UNLABELED_TERMS = {"consistency", "pseudo", "entropy", "cross_first", "pseudo_first", "mixed_out", "pseudo_out"}
+_SUPERVISED = {"supervised", "supervised_second", "conservative", "radical", "mask", "distance", "consistency_labeled"}
+UNLABELED_TERMS = {term for trainer in TRAINERS.values() for term in trainer.terms} - _SUPERVISED | {"pseudo_out"}
 
 TWO_PHASES = "_pretraining=0_min_recall=0"
 CHEAP = {"nnUNetTrainerCoraNet": "_relabel_every=2", "nnUNetTrainerUAMT": "_passes=2"}

@@ -17,7 +17,7 @@ from conftest import REPOSITORY, SHORT, make_case, write_image
 
 from nnunet_semiseg import checkpoints, cli
 from nnunet_semiseg.trainers.options import described
-from nnunet_semiseg.trainers.registry import trainer_classes
+from nnunet_semiseg.trainers.registry import TRAINERS
 
 
 def test_docs_of_the_trainers_are_current(capsys):
@@ -27,10 +27,15 @@ def test_docs_of_the_trainers_are_current(capsys):
     )
 
 
+def test_the_readme_has_a_line_for_each_trainer(capsys):
+    assert cli.main(["trainers", "--overview"]) == 0
+    assert capsys.readouterr().out in (REPOSITORY / "README.md").read_text(), "run: nnunet_semiseg trainers --overview"
+
+
 def test_table_of_trainers_has_every_option(capsys):
     assert cli.main(["trainers"]) == 0
     printed = capsys.readouterr().out
-    for name, trainer in trainer_classes().items():
+    for name, trainer in TRAINERS.items():
         assert name in printed
         for row in described(trainer.Options):
             assert row["name"] in printed and row["meaning"] in printed
@@ -215,7 +220,7 @@ def test_doctor_prints_the_dataset_first_and_trainers_in_one_line(prepared, caps
     printed = capsys.readouterr().out
     assert printed.startswith("Dataset Dataset801_labels\n")
     trainers = printed[printed.index("\nTrainers\n") :].splitlines()[2:]
-    assert len(trainers) == 2 and f"nnU-Net finds {len(trainer_classes())} of {len(trainer_classes())}" in trainers[0]
+    assert len(trainers) == 2 and f"nnU-Net finds {len(TRAINERS)} of {len(TRAINERS)}" in trainers[0]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from conftest import SHORT, train_steps
 
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
-from nnunet_semiseg.trainers.coranet import SETTINGS, _zoomed
+from nnunet_semiseg.trainers.methods.coranet import SETTINGS, _zoomed
 
 NAME = "nnUNetTrainerCoraNet"
 NOW = "_pretraining=0_min_recall=0_relabel_every=2"

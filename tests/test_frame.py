@@ -17,13 +17,9 @@ from nnunet_semiseg.data.randomness import seed_everything
 from nnunet_semiseg.data.unlabeled import ForegroundLocations
 from nnunet_semiseg.data.views import fix_transform_arithmetic
 from nnunet_semiseg.networks.ema import unwrap
-from nnunet_semiseg.trainers.base import (
-    FOREGROUND_CASES_PER_EPOCH,
-    FOREGROUND_VOXELS,
-    MAX_NON_FINITE_STEPS,
-    Term,
-    Unlabeled,
-)
+from nnunet_semiseg.trainers.frame import Term, Unlabeled
+from nnunet_semiseg.trainers.frame.foreground import FOREGROUND_CASES_PER_EPOCH, FOREGROUND_VOXELS
+from nnunet_semiseg.trainers.frame.step import MAX_NON_FINITE_STEPS
 from nnunet_semiseg.trainers.registry import TRAINERS
 
 ALL_KINDS = ["labels", "regions", "ignore", "regions_ignore"]
@@ -110,10 +106,20 @@ def test_teacher_sees_clamped_noise(started):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_joint_backward_gives_the_same_gradients(started, name):
+def test_backward_passes_of_a_step_add_up_to_one_over_all_terms(started, name):
     weights = []
-    for joint in ("false", "true"):
-        trainer = started(f"{from_start(name)}_joint_backward={joint}{SHORT}")
+    for joint in (False, True):
+        trainer = started(f"{from_start(name)}{SHORT}")
+        if joint:
+            parts, step = [], trainer._optimizer_step
+            trainer._backward = parts.append
+
+            def after_one_backward(parts=parts, step=step):
+                sum(parts).backward()
+                parts.clear()
+                return step()
+
+            trainer._optimizer_step = after_one_backward
         train_steps(trainer, 2)
         weights.append(flat(trainer.network))
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)

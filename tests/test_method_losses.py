@@ -28,7 +28,7 @@ from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmen
 from nnunet_semiseg.losses.regions import RegionLoss
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.second import PLAIN, RESIDUAL, second_plans
-from nnunet_semiseg.trainers.base import Unlabeled
+from nnunet_semiseg.trainers.frame import Unlabeled
 from nnunet_semiseg.trainers.registry import TRAINERS
 
 BOTH_SHAPES = pytest.mark.parametrize("shape", SHAPES)

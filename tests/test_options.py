@@ -2,8 +2,8 @@ import pickle
 
 import pytest
 
-from nnunet_semiseg.trainers.coranet import CoraNetOptions
-from nnunet_semiseg.trainers.mean_teacher import MeanTeacherOptions
+from nnunet_semiseg.trainers.methods.coranet import CoraNetOptions
+from nnunet_semiseg.trainers.methods.mean_teacher import MeanTeacherOptions
 from nnunet_semiseg.trainers.options import OptionError, build_options, parse_suffix
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
 
@@ -13,8 +13,8 @@ def test_suffix_sets_method_options_and_schedule():
         {"ema_decay": 0.999},
         {"num_epochs": 20, "num_iterations_per_epoch": 50},
     )
-    method, schedule = parse_suffix("_student_view=weak_joint_backward=true_initial_lr=1e-3", MeanTeacherOptions)
-    assert method == {"student_view": "weak", "joint_backward": True}
+    method, schedule = parse_suffix("_student_view=weak_allow_absent_classes=true_initial_lr=1e-3", MeanTeacherOptions)
+    assert method == {"student_view": "weak", "allow_absent_classes": True}
     assert schedule == {"initial_lr": 1e-3}
 
 

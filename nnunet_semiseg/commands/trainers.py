@@ -6,23 +6,24 @@ import inspect
 import textwrap
 
 from nnunet_semiseg.trainers.options import ScheduleOptions, described
-from nnunet_semiseg.trainers.registry import trainer_classes
+from nnunet_semiseg.trainers.registry import TRAINERS
 
 _COLUMNS = ("name", "type", "default", "valid", "meaning")
 
 
 def add_arguments(parser):
     parser.add_argument("names", nargs="*", metavar="TRAINER", help="only these trainers")
-    parser.add_argument("--markdown", action="store_true", help="as in docs/trainers.md")
+    pages = parser.add_mutually_exclusive_group()
+    pages.add_argument("--markdown", action="store_true", help="as in docs/trainers.md")
+    pages.add_argument("--overview", action="store_true", help="as in the README: a line for each trainer")
 
 
 def run(args) -> None:
-    trainers = trainer_classes()
-    unknown = [name for name in args.names if name not in trainers]
+    unknown = [name for name in args.names if name not in TRAINERS]
     if unknown:
-        raise ValueError(f"There is no trainer {unknown[0]}. There are {', '.join(trainers)}")
-    chosen = {name: cls for name, cls in trainers.items() if name in args.names or not args.names}
-    print(markdown(chosen) if args.markdown else plain(chosen), end="")
+        raise ValueError(f"There is no trainer {unknown[0]}. There are {', '.join(TRAINERS)}")
+    chosen = {name: cls for name, cls in TRAINERS.items() if name in args.names or not args.names}
+    print(overview(chosen) if args.overview else markdown(chosen) if args.markdown else plain(chosen), end="")
 
 
 def _summary(trainer) -> str:
@@ -49,6 +50,18 @@ def _markdown_table(options_class) -> str:
     return "\n".join(rows) + "\n"
 
 
+def _facts(trainer) -> str:
+    source = f"Source: {trainer.paper.citation}." if trainer.paper else ""
+    corrected = f" Corrected here: {trainer.corrected}." if trainer.corrected else ""
+    return f"{source}{corrected}\n\n" if source or corrected else ""
+
+
+def overview(trainers: dict) -> str:
+    """The table of trainers in the README."""
+    rows = [f"| `{name}` | {trainer.idea} | {trainer.paper.citation} |\n" for name, trainer in trainers.items()]
+    return "| trainer | what it does | source |\n|---|---|---|\n" + "".join(rows)
+
+
 def markdown(trainers: dict) -> str:
     """The page docs/trainers.md."""
     parts = [
@@ -57,7 +70,8 @@ def markdown(trainers: dict) -> str:
     ]
     for name, trainer in trainers.items():
         parts.append(
-            f"\n## {name}\n\n{inspect.getdoc(trainer)}\n\n{_presets(trainer.Options)}{_markdown_table(trainer.Options)}"
+            f"\n## {name}\n\n{_facts(trainer)}{inspect.getdoc(trainer)}\n\n{_presets(trainer.Options)}"
+            f"{_markdown_table(trainer.Options)}"
         )
     parts.append(f"\n## Every trainer: nnU-Net's schedule\n\n{_markdown_table(ScheduleOptions)}")
     return "".join(parts)

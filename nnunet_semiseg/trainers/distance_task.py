@@ -9,7 +9,7 @@ import torch
 from nnunet_semiseg.data.signed_distance import SignedDistanceTransform
 from nnunet_semiseg.losses.distance import cross_task_error, mask_of_distance
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.base import RampOptions
+from nnunet_semiseg.trainers.frame import RampOptions
 from nnunet_semiseg.trainers.options import option
 
 

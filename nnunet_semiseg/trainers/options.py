@@ -110,7 +110,7 @@ def _converted(field: dataclasses.Field, text: str) -> Any:
     return value
 
 
-_SETTING = re.compile(r"_(?:(?P<epochs>\d+)epochs|(?P<name>[A-Za-z]\w*?)=(?P<value>.+?))(?=_\d+epochs|_[A-Za-z]\w*=|$)")
+SETTING = re.compile(r"_(?:(?P<epochs>\d+)epochs|(?P<name>[A-Za-z]\w*?)=(?P<value>.+?))(?=_\d+epochs|_[A-Za-z]\w*=|$)")
 
 
 def parse_suffix(suffix: str, options_class) -> tuple[dict, dict]:
@@ -130,7 +130,7 @@ def parse_suffix(suffix: str, options_class) -> tuple[dict, dict]:
     position = 0
     try:
         while position < len(suffix):
-            match = _SETTING.match(suffix, position)
+            match = SETTING.match(suffix, position)
             if match is None:
                 raise OptionError(f"cannot read '{suffix[position:]}'; write _<N>epochs or _<option>=<value>")
             position = match.end()

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import copyreg
 import importlib
+import inspect
+import pkgutil
 
-from nnunet_semiseg.trainers.options import check_folder_name, parse_suffix
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-# Class name -> module. A method is added by its file and one line here.
-TRAINERS = {
-    "nnUNetTrainerMeanTeacher": "nnunet_semiseg.trainers.mean_teacher",
-    "nnUNetTrainerCoraNet": "nnunet_semiseg.trainers.coranet",
-    "nnUNetTrainerUAMT": "nnunet_semiseg.trainers.uamt",
-    "nnUNetTrainerEntropyMinimization": "nnunet_semiseg.trainers.entropy_minimization",
-    "nnUNetTrainerPiModel": "nnunet_semiseg.trainers.pi_model",
-    "nnUNetTrainerBCP": "nnunet_semiseg.trainers.bcp",
-    "nnUNetTrainerMeanTeacherBURL": "nnunet_semiseg.trainers.mean_teacher_burl",
-    "nnUNetTrainerBCPBURL": "nnunet_semiseg.trainers.bcp_burl",
-    "nnUNetTrainerCPS": "nnunet_semiseg.trainers.cps",
-    "nnUNetTrainerDTML": "nnunet_semiseg.trainers.dtml",
-    "nnUNetTrainerDTC": "nnunet_semiseg.trainers.dtc",
-    "nnUNetTrainerCutMix": "nnunet_semiseg.trainers.cutmix",
-    "nnUNetTrainerDualStream": "nnunet_semiseg.trainers.dual_stream",
-}
+from nnunet_semiseg.trainers import methods
+from nnunet_semiseg.trainers.frame.settings import Settings
+from nnunet_semiseg.trainers.options import SETTING, check_folder_name, parse_suffix
+
+
+def _methods() -> dict[str, type]:
+    """{name: class} of every ``nnUNetTrainer...`` that a file in ``methods`` defines, in the order of their papers."""
+    found = []
+    for file in pkgutil.iter_modules(methods.__path__):
+        module = importlib.import_module(f"{methods.__name__}.{file.name}")
+        found += [
+            trainer
+            for name, trainer in inspect.getmembers(module, inspect.isclass)
+            if name.startswith("nnUNetTrainer") and trainer.__module__ == module.__name__
+        ]
+    return {trainer.__name__: trainer for trainer in sorted(found, key=lambda t: (t.paper.year, t.__name__))}
+
+
+TRAINERS: dict[str, type] = _methods()
 
 _found: dict[str, type] = {}
 
@@ -32,11 +37,6 @@ class _Variant(type):
 
 
 copyreg.pickle(_Variant, lambda variant: (find_trainer, (variant.__name__,)))
-
-
-def trainer_classes() -> dict[str, type]:
-    """All trainers of this package by class name."""
-    return {name: getattr(importlib.import_module(module), name) for name, module in TRAINERS.items()}
 
 
 def find_trainer(name: str) -> type | None:
@@ -52,23 +52,44 @@ def find_trainer(name: str) -> type | None:
         OptionError: if the trainer exists and the rest of the name is not a valid setting of it, or is too long.
     """
     if name not in _found:
-        base_name = max((base for base in TRAINERS if name == base or name.startswith(base + "_")), key=len, default="")
-        if not base_name:
+        base, suffix = _base_of(name)
+        if base is None:
             return None
         check_folder_name(name)
-        base = getattr(importlib.import_module(TRAINERS[base_name]), base_name)
-        if name == base_name:
-            _found[name] = base
-        else:
-            chosen, schedule = parse_suffix(name[len(base_name) :], base.Options)
-            _found[name] = _Variant(
-                name,
-                (base,),
-                {
-                    "__module__": base.__module__,
-                    "__doc__": base.__doc__,
-                    "chosen_options": {**base.chosen_options, **chosen},
-                    "chosen_schedule": {**base.chosen_schedule, **schedule},
-                },
-            )
+        _found[name] = _variant(name, base, suffix) if suffix else base
     return _found[name]
+
+
+def _base_of(name: str) -> tuple[type | None, str]:
+    """The class whose variant a name is, and the settings in the name.
+
+    A trainer that is not of this package is looked up as nnU-Net does, but only for a name with settings: without any,
+    nnU-Net finds it by itself.
+    """
+    known = max((base for base in TRAINERS if name == base or name.startswith(base + "_")), key=len, default="")
+    if known:
+        return TRAINERS[known], name[len(known) :]
+    setting = SETTING.search(name)
+    if setting is None:
+        return None, ""
+    try:
+        return recursive_find_trainer_class_by_name(name[: setting.start()]), name[setting.start() :]
+    except RuntimeError:
+        return None, ""
+
+
+def _variant(name: str, base: type, suffix: str) -> type:
+    # A trainer that knows nothing of settings gets nnU-Net's schedule and a seed.
+    bases = (base,) if issubclass(base, Settings) else (Settings, base)
+    options = bases[0].Options
+    chosen, schedule = parse_suffix(suffix, options)
+    return _Variant(
+        name,
+        bases,
+        {
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+            "chosen_options": {**bases[0].chosen_options, **chosen},
+            "chosen_schedule": {**bases[0].chosen_schedule, **schedule},
+        },
+    )

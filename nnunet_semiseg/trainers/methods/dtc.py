@@ -10,8 +10,8 @@ from torch import nn
 from nnunet_semiseg.losses.distance import distance_error
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
-from nnunet_semiseg.trainers.base import WHOLE_RUN, SemiSupervisedTrainer, Term
 from nnunet_semiseg.trainers.distance_task import DistanceOptions, DistanceTask
+from nnunet_semiseg.trainers.frame import STUDENT, WHOLE_RUN, Paper, SemiSupervisedTrainer, Term
 from nnunet_semiseg.trainers.options import option
 
 
@@ -40,6 +40,19 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
     full of it. The code's supervised loss is Dice alone; here it is nnU-Net's.
     """
 
+    paper = Paper("Luo et al., AAAI 2021", 2021)
+    idea = "the same with two heads of one network"
+    corrected = (
+        "sign of the inverse transform; distances divided by a constant; patches without or full of "
+        "foreground; nnU-Net's loss instead of Dice alone; squares summed over classes, so that the default "
+        "weight 0.33 is the published 1 of their mean for three"
+    )
+    labeled_by = "student"
+    terms = dict(
+        supervised=STUDENT,
+        **dict.fromkeys(("distance", "consistency_labeled", "consistency"), ("student", "distance_head")),
+    )
+    switched_off = "consistency_weight=0_distance_weight=0"
     Options = DTCOptions
     options: DTCOptions
 

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
-from nnunet_semiseg.trainers.base import Term
+from nnunet_semiseg.trainers.frame import (
+    SECOND,
+    STUDENT,
+    Paper,
+    PretrainingOptions,
+    SecondNetworkOptions,
+    Term,
+    TwoNetworkTrainer,
+    TwoPhaseTrainer,
+)
 from nnunet_semiseg.trainers.options import option
-from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
-from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,17 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
       a slice lies.
     """
 
+    paper = Paper("Chen et al., CVPR 2021; Pham et al., FLARE 2022", 2021)
+    idea = "two networks, each learns from the other's argmax"
+    corrected = (
+        "starts when both networks find every class; the weight ramps up within the run, in the paper's code "
+        "it hardly leaves zero; cross-entropy and Dice, in the presets Dice as in the paper, not the code's "
+        "Lovasz; unlabeled patches only; labels from the weak view; without the paper's second stage (mask "
+        "propagation) and its channel of slice positions"
+    )
+    labeled_by = "second"
+    terms = dict(supervised=STUDENT, supervised_second=SECOND, cross_first=STUDENT, cross_second=SECOND)
+    switched_off = "pseudo_weight=0"
     Options = CPSOptions
     options: CPSOptions
 

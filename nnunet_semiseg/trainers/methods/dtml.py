@@ -10,10 +10,18 @@ from torch import nn
 
 from nnunet_semiseg.losses.distance import distance_error, mask_of_distance
 from nnunet_semiseg.networks.features import check_is_unet, full_resolution
-from nnunet_semiseg.trainers.base import WHOLE_RUN, Term
 from nnunet_semiseg.trainers.distance_task import DistanceOptions, DistanceTask
+from nnunet_semiseg.trainers.frame import (
+    BOTH,
+    SECOND,
+    STUDENT,
+    WHOLE_RUN,
+    Paper,
+    SecondNetworkOptions,
+    Term,
+    TwoNetworkTrainer,
+)
 from nnunet_semiseg.trainers.options import option
-from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer
 
 # With distances as targets, tanh and k = 1500 leave a gradient to half a percent of the voxels at nnU-Net's usual scale
 # of a segmentation layer.
@@ -72,6 +80,17 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
     * L_mask has deep supervision, as nnU-Net's own loss; the consistency is at full resolution.
     """
 
+    paper = Paper("Zhang and Zhang, PRCV 2021, Eqs. 1-6", 2021)
+    idea = "two networks, one segments and one regresses signed distances, and they agree"
+    corrected = (
+        "sign of the inverse transform (Eq. 2), and a scale with which the distance network learns from "
+        "masks; the square in the ramp; the consistency counts once, not twice; distances divided by a "
+        "constant, not by the patch's maximum; both supervised losses have weight 1; squares summed over "
+        "classes; the distance network has the plans' outputs, background included, and deep supervision"
+    )
+    labeled_by = "second"
+    terms = dict(supervised=STUDENT, mask=SECOND, consistency_labeled=BOTH, consistency=BOTH)
+    switched_off = "consistency_weight=0"
     Options = DTMLOptions
     options: DTMLOptions
 

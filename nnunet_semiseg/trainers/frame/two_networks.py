@@ -13,7 +13,7 @@ from torch import nn
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.second import second_plans
-from nnunet_semiseg.trainers.base import SemiSupervisedTrainer
+from nnunet_semiseg.trainers.frame.trainer import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import option
 
 

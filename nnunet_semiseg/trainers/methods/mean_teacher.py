@@ -8,9 +8,11 @@ import torch
 
 from nnunet_semiseg.losses.consistency import clamped_noise, probability_mse
 from nnunet_semiseg.networks.ema import EMATeacher
-from nnunet_semiseg.trainers.base import (
+from nnunet_semiseg.trainers.frame import (
+    STUDENT,
     WHOLE_RUN,
     FrameOptions,
+    Paper,
     RampOptions,
     SemiSupervisedTrainer,
     Term,
@@ -54,6 +56,12 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     ``strong`` the student also sees nnU-Net's intensity augmentation.
     """
 
+    paper = Paper("Tarvainen and Valpola, NeurIPS 2017", 2017)
+    idea = "the student's probabilities follow those of its moving average on unlabeled patches"
+    corrected = "averages parameters, not the state dict, in which nnU-Net names most tensors several times"
+    labeled_by = "teacher"
+    terms = dict(supervised=STUDENT, consistency=STUDENT)
+    switched_off = "consistency_weight=0"
     Options = MeanTeacherOptions
     options: TeacherOptions
 

@@ -16,9 +16,8 @@ from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce, sm
 from nnunet_semiseg.networks.ema import EMATeacher, unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
 from nnunet_semiseg.networks.heads import FeatureHead
-from nnunet_semiseg.trainers.base import Term
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, PretrainingOptions, Term, TwoPhaseTrainer
 from nnunet_semiseg.trainers.options import option
-from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
 
 # Table VI: a confidence above 0.8 (test-time augmentation, MC dropout) or a standard deviation below 0.001 is certain.
 CERTAIN_CONFIDENCE = 0.8
@@ -135,6 +134,21 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
       that the main branch does not have, and the supervised loss falls behind nnU-Net's (docs/results.md).
     """
 
+    paper = Paper("Shi et al., IEEE TMI 2021, Eqs. 1-9", 2021)
+    idea = "heads with unequal costs split a patch: pseudo labels where they agree, mean teacher where they do not"
+    corrected = (
+        "in the conservative head background is the costly class, on labeled and unlabeled data alike (Fig. "
+        "1's caption has it the other way round); costs with a mean of 1, sums are means over voxels; one "
+        "step on the sum of the losses; cost-sensitive Dice beside the cross-entropy; two thin heads on one "
+        "network, with a share of their gradient in it; pseudo labels without a vote; pretraining lasts until "
+        "every class is found"
+    )
+    labeled_by = "student"
+    terms = dict(
+        **dict.fromkeys(("supervised", "certain", "consistency"), STUDENT),
+        **dict.fromkeys(("conservative", "radical"), ("student", "heads")),
+    )
+    switched_off = "setting=seg_head_gradient=0"
     Options = CoraNetOptions
     options: CoraNetOptions
 

@@ -19,10 +19,19 @@ from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
-from nnunet_semiseg.trainers.base import Term
+from nnunet_semiseg.trainers.frame import (
+    BOTH,
+    SECOND,
+    STUDENT,
+    Paper,
+    PretrainingOptions,
+    SecondNetworkOptions,
+    Term,
+    TwoNetworkTrainer,
+    TwoPhaseTrainer,
+    second_network_option,
+)
 from nnunet_semiseg.trainers.options import option
-from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
-from nnunet_semiseg.trainers.two_networks import SecondNetworkOptions, TwoNetworkTrainer, second_network_option
 
 # Voxels per class that prototypes are made of, and as many that are drawn to them.
 SAMPLED_VOXELS = 4096
@@ -104,6 +113,21 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
       computes it from the probabilities of A and B (see TwoNetworkTrainer).
     """
 
+    paper = Paper("Karimijafarbigloo et al. 2024, Eqs. 1-7", 2024)
+    idea = "two architectures, the better one labels; confident disagreement and class prototypes"
+    corrected = (
+        "every term has a gradient (none of the published code's unsupervised terms has); exponent of "
+        "lambda_c; a ramp for lambda_u; Eqs. 2, 4 and 5; a loss for Eq. 7, which has none; a constant "
+        "confidence threshold; starts when both networks find every class; 2 % of voxels are unreliable, the "
+        "code's share takes nearly all foreground"
+    )
+    labeled_by = "second"
+    terms = dict(
+        **dict.fromkeys(("supervised", "pseudo_first", "contrast_first"), STUDENT),
+        **dict.fromkeys(("supervised_second", "pseudo_second", "contrast_second"), SECOND),
+        disagreement=BOTH,
+    )
+    switched_off = "pseudo_weight=0_disagreement_weight=0_contrast_weight=0"
     Options = DualStreamOptions
     options: DualStreamOptions
 

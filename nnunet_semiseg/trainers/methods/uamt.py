@@ -12,8 +12,8 @@ from nnunet_semiseg.losses.ramps import gaussian_ramp_up
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
-from nnunet_semiseg.trainers.base import Term, Unlabeled
-from nnunet_semiseg.trainers.mean_teacher import MeanTeacherOptions, nnUNetTrainerMeanTeacher
+from nnunet_semiseg.trainers.frame import Paper, Term, Unlabeled
+from nnunet_semiseg.trainers.methods.mean_teacher import MeanTeacherOptions, nnUNetTrainerMeanTeacher
 from nnunet_semiseg.trainers.options import option
 
 
@@ -54,6 +54,14 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
       each patch instead.
     """
 
+    paper = Paper("Yu et al., MICCAI 2019", 2019)
+    idea = "mean teacher where the teacher is certain"
+    corrected = (
+        "the threshold is that of two classes (ln 2), whatever their number, and a percentile can replace it; "
+        "the student follows the mean that the entropy is of; noise on the input by default, as nnU-Net has "
+        "no dropout"
+    )
+    labeled_by = "teacher"
     Options = UAMTOptions
     options: UAMTOptions
 

@@ -10,9 +10,8 @@ from nnunet_semiseg.data.components import keep_largest_components
 from nnunet_semiseg.losses.mixing import random_cuboid
 from nnunet_semiseg.networks.ema import EMATeacher
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.base import Term
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, PretrainingOptions, Term, TwoPhaseTrainer
 from nnunet_semiseg.trainers.options import option
-from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,18 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
       ``pseudo_weight`` after the change of phase.
     """
 
+    paper = Paper("Bai et al., CVPR 2023", 2023)
+    idea = "labeled and unlabeled patches are pasted into each other, with labels and pseudo labels"
+    corrected = (
+        "the unused consistency weight is left out; phase 2 starts when every class is found; one loss with a "
+        "weight for each voxel, because a loss for each origin is ruled by slivers of organs; labeled patches "
+        "are also seen unmixed, while X_out and X_in take turns; the whole batch in both directions; no "
+        "mixing while pretraining; unlabeled patches also around predicted foreground, labels from the weak "
+        "view, Dice of the foreground classes"
+    )
+    labeled_by = "teacher"
+    terms = dict(supervised=STUDENT, mixed_out=STUDENT, mixed_in=STUDENT)
+    switched_off = "pretraining=1"
     Options = BCPOptions
     options: BCPOptions
 

@@ -9,9 +9,8 @@ import torch
 from nnunet_semiseg.losses.mixing import beta_side, random_cuboid
 from nnunet_semiseg.networks.ema import EMATeacher
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.base import Term
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, PretrainingOptions, Term, TwoPhaseTrainer
 from nnunet_semiseg.trainers.options import option
-from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,17 @@ class CutMixOptions(PretrainingOptions):
 class nnUNetTrainerCutMix(TwoPhaseTrainer):
     """A moving average labels the weak views; the student learns these labels on strong views with exchanged boxes."""
 
+    paper = Paper("French et al., BMVC 2020; Yun et al., ICCV 2019", 2020)
+    idea = (
+        "a moving average labels the weak view; the student learns the labels on strong views in which boxes "
+        "are exchanged"
+    )
+    corrected = (
+        "the labels are hard, and a voxel's confidence is a weight, not a threshold; partners are labeled patches, too"
+    )
+    labeled_by = "teacher"
+    terms = dict(supervised=STUDENT, mixed=STUDENT)
+    switched_off = "pseudo_weight=0"
     Options = CutMixOptions
     options: CutMixOptions
 
@@ -78,4 +88,6 @@ class nnUNetTrainerCutMix(TwoPhaseTrainer):
             shape = own[0].shape[2:]
             inside = random_cuboid(shape, beta_side(len(shape), self.options.beta)).to(self.device)
             partner = torch.randint(first, last, (batch,)).to(self.device)
-        return tuple(torch.where(inside, torch.cat((mine, theirs))[partner], mine) for mine, theirs in zip(own, labeled))
+        return tuple(
+            torch.where(inside, torch.cat((mine, theirs))[partner], mine) for mine, theirs in zip(own, labeled)
+        )

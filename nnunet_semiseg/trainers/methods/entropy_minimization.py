@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnunet_semiseg.trainers.base import RampOptions, SemiSupervisedTrainer, Term, Unlabeled
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, RampOptions, SemiSupervisedTrainer, Term, Unlabeled
 from nnunet_semiseg.trainers.options import option
 
 
@@ -22,6 +22,12 @@ class nnUNetTrainerEntropyMinimization(SemiSupervisedTrainer):
     ``entropy_weight``. The patches are augmented as the labeled ones are.
     """
 
+    paper = Paper("Grandvalet and Bengio, NeurIPS 2004", 2004)
+    idea = "the student is asked to be sure"
+    corrected = ""
+    labeled_by = "student"
+    terms = dict(supervised=STUDENT, entropy=STUDENT)
+    switched_off = "entropy_weight=0"
     Options = EntropyMinimizationOptions
     options: EntropyMinimizationOptions
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnunet_semiseg.trainers.bcp import BCPOptions, nnUNetTrainerBCP
+from nnunet_semiseg.trainers.frame import Paper
+from nnunet_semiseg.trainers.methods.bcp import BCPOptions, nnUNetTrainerBCP
 from nnunet_semiseg.trainers.options import option
 from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOptions
 
@@ -27,6 +28,11 @@ class nnUNetTrainerBCPBURL(RegionLearning, nnUNetTrainerBCP):
     equations stands at nnUNetTrainerMeanTeacherBURL.
     """
 
+    paper = Paper("Zhou et al. 2025, Eqs. 3-10", 2025)
+    idea = "the same on copy-paste"
+    corrected = "as nnUNetTrainerMeanTeacherBURL; pseudo labels keep the host's weight"
+    labeled_by = "teacher"
+    switched_off = "pretraining=1_labeled_regions=none"
     Options = BCPBURLOptions
     options: BCPBURLOptions
 

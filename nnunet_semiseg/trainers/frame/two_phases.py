@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from nnunet_semiseg.losses.ramps import ramp_up_between
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.base import FrameOptions, SemiSupervisedTrainer, Term
+from nnunet_semiseg.trainers.frame.hooks import FrameOptions, Term
+from nnunet_semiseg.trainers.frame.trainer import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import option
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nnunet_semiseg.losses.consistency import clamped_noise
-from nnunet_semiseg.trainers.base import RampOptions, SemiSupervisedTrainer, Term, Unlabeled
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, RampOptions, SemiSupervisedTrainer, Term, Unlabeled
 from nnunet_semiseg.trainers.options import option
 
 
@@ -25,6 +25,12 @@ class nnUNetTrainerPiModel(SemiSupervisedTrainer):
     augmentation on one side and clamped Gaussian noise on the other; nnU-Net's networks have no dropout.
     """
 
+    paper = Paper("Laine and Aila, ICLR 2017", 2017)
+    idea = "two noisy looks of one network agree"
+    corrected = ""
+    labeled_by = "student"
+    terms = dict(supervised=STUDENT, consistency=STUDENT)
+    switched_off = "consistency_weight=0"
     Options = PiModelOptions
     options: PiModelOptions
 

@@ -8,10 +8,9 @@ import torch
 
 from nnunet_semiseg.losses.regions import NONE
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.base import Term, Unlabeled
-from nnunet_semiseg.trainers.mean_teacher import TeacherOptions, nnUNetTrainerMeanTeacher
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, PretrainingOptions, Term, TwoPhaseTrainer, Unlabeled
+from nnunet_semiseg.trainers.methods.mean_teacher import TeacherOptions, nnUNetTrainerMeanTeacher
 from nnunet_semiseg.trainers.options import option
-from nnunet_semiseg.trainers.pretraining import PretrainingOptions, TwoPhaseTrainer
 from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOptions
 
 
@@ -54,6 +53,19 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTraine
       labeled patches (``min_recall``), so that pseudo labels do not teach that a class is absent.
     """
 
+    paper = Paper("Zhou et al. 2025, Eqs. 3-10", 2025)
+    idea = (
+        "mean teacher with pseudo labels: labels count more where the network is uncertain, pseudo labels "
+        "where it is certain"
+    )
+    corrected = (
+        "sign of the entropy (Eq. 3); masked losses instead of masked labels (Eqs. 5-8), and pseudo labels in "
+        "Eq. 6; roles in the moving average (Eq. 10); a weight per voxel, because region by region inverts "
+        "the method; percentiles in each sample; a ramp. There is no published code"
+    )
+    labeled_by = "teacher"
+    terms = dict(supervised=STUDENT, pseudo=STUDENT)
+    switched_off = "pseudo_weight=0_labeled_regions=none"
     Options = MeanTeacherBURLOptions
     options: MeanTeacherBURLOptions
 

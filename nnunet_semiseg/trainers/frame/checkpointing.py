@@ -1,0 +1,104 @@
+"""Checkpoints from which a training continues exactly, and which stock nnU-Net predicts with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+import nnunet_semiseg
+from nnunet_semiseg import checkpoints
+from nnunet_semiseg.data.randomness import global_state
+from nnunet_semiseg.networks.ema import unwrap
+from nnunet_semiseg.trainers.frame.distributed import gathered
+
+PREVIOUS = "checkpoint_previous.pth"
+
+
+class Checkpointing:
+    """Mixin: nnU-Net's checkpoints with ``semiseg_state`` added, written atomically and read safely."""
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with ``semiseg_state`` added, written atomically.
+
+        ``network_weights`` is the network that predicts and nothing else, so that stock nnU-Net can use it.
+        """
+        random_states = gathered({"global": global_state(), "unlabeled": self.random_stream.state()})
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        checkpoint = checkpoints.as_written_by(super().save_checkpoint)
+        state = {
+            "version": nnunet_semiseg.__version__,
+            "options": asdict(self.options),
+            "predicts": self.predicting(),
+            "companions": self.companions.state_dict(),
+            "random": random_states,
+            "non_finite_steps": self._non_finite_total,
+            "method": self.method_state(),
+            "foreground_locations": self._foreground_state(),
+        }
+        if self.predicting() != "student":
+            state["student"] = checkpoint["network_weights"]
+            checkpoint["network_weights"] = self.predicting_network().state_dict()
+        checkpoint[checkpoints.STATE_KEY] = state
+        file = Path(filename)
+        # The last but one stays, in case the last is damaged later.
+        former = file.with_name(PREVIOUS) if file.name == "checkpoint_latest.pth" else None
+        checkpoints.write(checkpoint, file, former)
+
+    def load_checkpoint(self, filename_or_checkpoint) -> None:
+        """Continue exactly where the checkpoint was written.
+
+        A damaged checkpoint is reported, and the newest readable one of the same fold is taken instead.
+
+        Raises:
+            CheckpointError: if no checkpoint can be read, or it is of another trainer.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        file, checkpoint = self._readable_checkpoint(Path(filename_or_checkpoint))
+        state = checkpoint.get(checkpoints.STATE_KEY)
+        if state is None:
+            raise checkpoints.CheckpointError(
+                f"{file} was not written by a trainer of nnunet_semiseg, so there is nothing to continue. To start "
+                f"from its weights use nnUNetv2_train ... -pretrained_weights {file}"
+            )
+        super().load_checkpoint(str(file))
+        self._is_resumed = True
+        if "student" in state:
+            unwrap(self.network).load_state_dict(state["student"])
+        self.companions.load_state_dict(state["companions"])
+        if len(state["random"]) == (dist.get_world_size() if self.is_ddp else 1):
+            self._resumed_random_state = state["random"][self.local_rank]
+        self._non_finite_total = state["non_finite_steps"]
+        self.load_method_state(state["method"])
+        self._load_foreground_state(state["foreground_locations"])
+
+    def _readable_checkpoint(self, file: Path) -> tuple[Path, dict]:
+        try:
+            return file, checkpoints.read(file, self.device)
+        except checkpoints.CheckpointError as error:
+            if file.name == "checkpoint_final.pth":
+                raise checkpoints.CheckpointError(
+                    f"{error}. Delete it and run nnUNetv2_train ... --c to train on from an earlier checkpoint"
+                ) from None
+            candidates = [file.with_name(PREVIOUS), file.with_name("checkpoint_best.pth")]
+            readable = []
+            for candidate in candidates:
+                if candidate != file and candidate.is_file():
+                    with contextlib.suppress(checkpoints.CheckpointError):
+                        readable.append((candidate, checkpoints.read(candidate, self.device)))
+            if not readable:
+                raise
+            if self.local_rank == 0:
+                # Kept to look at, and out of the way: the next checkpoint must not make it the last but one.
+                os.replace(file, file.with_name(file.name + ".damaged"))
+            best = max(readable, key=lambda pair: pair[1]["current_epoch"])
+            self.print_to_log_file(
+                f"WARNING: {error}. Continuing from {best[0].name} instead, at epoch {best[1]['current_epoch']}."
+            )
+            return best

@@ -1,0 +1,14 @@
+"""Values of all ranks of a distributed training."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+
+def gathered(value) -> list:
+    """A picklable value of each rank; all ranks have to call this. Without DDP, the one value."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,96 @@
+"""Settings in a trainer's name, for any nnU-Net trainer: its schedule, and a seed."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunet_semiseg.data.randomness import seed_everything
+from nnunet_semiseg.data.views import fix_transform_arithmetic
+from nnunet_semiseg.data.workers import augmenter, no_workers
+from nnunet_semiseg.trainers.options import build_options, check_folder_name, option
+
+# The loaders of a training.
+STREAMS = ("labeled", "validation", "unlabeled")
+
+
+@dataclass(frozen=True)
+class SeedOptions:
+    seed: int = option(-1, "seed of all random numbers, those of the augmentation processes included; -1: none", low=-1)
+
+
+class Settings:
+    """Mixin in front of an nnU-Net trainer: its name sets nnU-Net's schedule attributes and a seed."""
+
+    Options = SeedOptions
+    # What the trainer's name gets in the name of a second network's model folder.
+    SECOND_FOLDER = ""
+    # Set by the class that a name with options makes (registry.find_trainer).
+    chosen_options: dict = {}
+    chosen_schedule: dict = {}
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ):
+        check_folder_name(type(self).__name__ + self.SECOND_FOLDER, plans["plans_name"], configuration)
+        try:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.ENOENT):
+                raise
+            raise OSError(
+                f"The results folder cannot be written ({error}). Set nnUNet_results to a folder that you can write to"
+            ) from error
+        self.options = build_options(self.Options, self.chosen_options)
+        for name, value in self.chosen_schedule.items():
+            setattr(self, name, value)
+
+    @property
+    def seed_of_rank(self) -> int | None:
+        return self.options.seed + self.local_rank if self.options.seed >= 0 else None
+
+    def initialize(self):
+        if self.seed_of_rank is not None:
+            seed_everything(self.seed_of_rank)
+        super().initialize()
+
+    def get_training_transforms(self, *args, **kwargs):
+        """nnU-Net's; with a seed, they compute the same again."""
+        transforms = super().get_training_transforms(*args, **kwargs)
+        if self.options.seed >= 0:
+            fix_transform_arithmetic(transforms)
+        return transforms
+
+    def get_dataloaders(self):
+        """nnU-Net's; with a seed, their processes are seeded, which nnU-Net's are not."""
+        if self.options.seed < 0:
+            return super().get_dataloaders()
+        with no_workers():
+            train, val = (single.data_loader for single in super().get_dataloaders())
+        return self._augmenter(train, "labeled", 1.0), self._augmenter(val, "validation", 0.5)
+
+    def _augmenter(self, loader, stream: str, share: float):
+        """Batches of a loader.
+
+        Args:
+            stream: One of STREAMS; each has seeds of its own.
+            share: Of nnU-Net's number of augmentation processes.
+        """
+        processes = get_allowed_n_proc_DA()
+        if processes > 0:
+            processes = max(1, int(processes * share))
+        entropy = None
+        if self.options.seed >= 0:
+            # Other seeds after a restart, or the processes would draw the first patches once more.
+            entropy = (self.options.seed, self.local_rank, self.current_epoch, STREAMS.index(stream))
+        seeds = [int(seed) for seed in np.random.SeedSequence(entropy).generate_state(processes)]
+        return augmenter(loader, seeds, pin_memory=self.device.type == "cuda")

@@ -1,0 +1,131 @@
+"""nnU-Net's trainer with a second, unlabeled stream."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from nnunet_semiseg.data.randomness import RandomStream, set_global_state
+from nnunet_semiseg.data.splits import check_fold
+from nnunet_semiseg.labels import LabelAdapter
+from nnunet_semiseg.trainers.frame.checkpointing import PREVIOUS, Checkpointing
+from nnunet_semiseg.trainers.frame.foreground import ForegroundSampling
+from nnunet_semiseg.trainers.frame.hooks import MethodHooks
+from nnunet_semiseg.trainers.frame.monitoring import Monitoring
+from nnunet_semiseg.trainers.frame.settings import Settings
+from nnunet_semiseg.trainers.frame.step import Step
+from nnunet_semiseg.trainers.frame.streams import Streams
+
+
+class SemiSupervisedTrainer(
+    MethodHooks, Step, Streams, ForegroundSampling, Monitoring, Checkpointing, Settings, nnUNetTrainer
+):
+    """nnU-Net's trainer with a second, unlabeled stream.
+
+    A step runs the supervised loss on nnU-Net's labeled batch and, where the method asks for it, the unsupervised loss
+    on an unlabeled batch of the same size, in two backward passes whose gradients add up: peak memory stays that of
+    one batch. While ``uses_unlabeled`` is False, a step is nnU-Net's own, bit for bit.
+    """
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ):
+        self._refuse_cascade(plans, configuration)
+        # Before anything is made, and whatever this trainer is to do: train, fine-tune or validate.
+        check_fold(Path(str(nnUNet_preprocessed)) / plans["dataset_name"] / "splits_final.json", fold)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp and device.type == "cpu":
+            # nnU-Net assumes a GPU per rank.
+            self.device, self.grad_scaler = device, None
+        self.labels = LabelAdapter(self.label_manager)
+        self.companions = nn.ModuleDict()
+        self.dataloader_unlabeled = None
+        self.global_step = 0
+        self.random_stream: RandomStream | None = None
+        self.foreground_locations: dict = {}
+        self.absent_classes: set[str] = set()
+        self._resumed_random_state = None
+        self._is_resumed = False
+        self._non_finite_in_a_row = self._non_finite_total = 0
+        self._last_loss = np.zeros((), dtype=np.float32)
+        self._epoch_sums: dict[str, list[float]] = {}
+        self._step_monitors: dict[str, torch.Tensor] = {}
+
+    @staticmethod
+    def _refuse_cascade(plans: dict, configuration: str) -> None:
+        if PlansManager(plans).get_configuration(configuration).previous_stage_name is not None:
+            raise NotImplementedError(
+                f"{configuration} is the second stage of a cascade: it reads the first stage's segmentation of every "
+                "case, which unlabeled cases do not have. Train 3d_lowres or 3d_fullres instead"
+            )
+
+    def initialize(self):
+        super().initialize()
+        self.random_stream = RandomStream(self.seed_of_rank)
+        with self.random_stream:
+            self.companions = nn.ModuleDict(self.build_companions()).to(self.device)
+        if self.teacher is not None:
+            self.teacher_network = self.compiled(self.teacher.module)
+        trainable = [p for p in self.companions.parameters() if p.requires_grad]
+        if trainable:
+            self.optimizer.add_param_group({"params": trainable})
+        if self.is_ddp:
+            for tensor in (*self.companions.parameters(), *self.companions.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+        self._initial_sums = self._weight_sums()
+
+    def _weight_sums(self) -> torch.Tensor:
+        return torch.stack([p.detach().double().sum() for p in self.network.parameters()])
+
+    def on_train_start(self):
+        if not self.was_initialized:
+            self.initialize()
+        dataset = self._unlabeled_cases = self.unlabeled_dataset() if self.needs_unlabeled() else None
+        self._check_labeled_classes()
+        # nnU-Net does not tell its trainer of pretrained weights.
+        if not self._is_resumed and not torch.equal(self._weight_sums(), self._initial_sums):
+            self.take_pretrained_weights()
+        self._publish_foreground_locations()
+        super().on_train_start()
+        resumed, self._resumed_random_state = self._resumed_random_state, None
+        if resumed is not None:
+            self.random_stream.set_state(resumed["unlabeled"])
+        if dataset is not None:
+            self.dataloader_unlabeled = self._unlabeled_loader(dataset)
+            # As nnU-Net does for its own: the processes start, and a file that cannot be read is noticed, now.
+            self.draw_unlabeled()
+        if resumed is not None:
+            set_global_state(resumed["global"])
+            self.random_stream.set_state(resumed["unlabeled"])
+        self.print_to_log_file(f"{self.__class__.__name__} options: {asdict(self.options)}", add_timestamp=False)
+        self.print_to_log_file(f"The {self.predicting()} predicts: it is what checkpoints hold as network_weights.")
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.companions.train()
+        self.global_step = self.current_epoch * self.num_iterations_per_epoch
+        self._epoch_sums = {}
+        if self.options.unlabeled_foreground_sampling and self.uses_unlabeled():
+            self._refresh_foreground_locations()
+
+    def on_train_end(self):
+        super().on_train_end()
+        if self.local_rank == 0:
+            (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)
+        if isinstance(self.dataloader_unlabeled, MultiThreadedAugmenter):
+            self.dataloader_unlabeled._finish()
+        self._foreground_file.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""Settings in the name of trainers that are not of this package, and methods that users write."""
+
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, flat, make_case, train_steps
+from nnunetv2.run.run_training import run_training
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+from test_frame import run_until
+from test_methods import predict
+
+from nnunet_semiseg import checkpoints, cli
+
+METHOD = """
+from dataclasses import dataclass
+
+from nnunet_semiseg.trainers.frame import RampOptions, SemiSupervisedTrainer, Term
+from nnunet_semiseg.trainers.options import option
+
+
+@dataclass(frozen=True)
+class Options(RampOptions):
+    sharpness: float = option(2.0, "of the labels", low=1.0)
+
+
+class nnUNetTrainerOfMine(SemiSupervisedTrainer):
+    \"\"\"The student follows a sharper version of itself.\"\"\"
+
+    Options = Options
+
+    def unsupervised_loss(self, unlabeled):
+        weak, strong = (self.logits(self.student, view) for view in unlabeled)
+        target = self.labels.probabilities(self.options.sharpness * weak.detach())
+        return {"sharp": Term((self.labels.probabilities(strong) - target).square().mean(), self.ramp())}
+"""
+
+
+def schedule(trainer):
+    return trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.initial_lr
+
+
+def test_stock_trainers_take_a_schedule_and_a_seed(make_trainer):
+    trainer = make_trainer("nnUNetTrainer_20epochs_num_iterations_per_epoch=100_initial_lr=0.005_seed=1")
+    assert schedule(trainer) == (20, 100, 0.005) and trainer.options.seed == 1
+    other = make_trainer("nnUNetTrainerDiceCELoss_noSmooth_3epochs")
+    assert schedule(other) == (3, 250, 0.01)
+    assert (
+        type(other.loss if other.was_initialized else other).__mro__[2].__name__ == "nnUNetTrainerDiceCELoss_noSmooth"
+    )
+
+
+def test_nnunets_own_names_win():
+    assert find("nnUNetTrainer_20epochs").__module__.startswith("nnunetv2.")
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainer_alpha=5", "nnUNetTrainerNobodyWrote_3epochs"])
+def test_wrong_names_are_not_found(name, capsys):
+    with pytest.raises(RuntimeError, match="Could not find"):
+        find(name)
+    assert ("there is no option 'alpha'" in capsys.readouterr().err) == ("alpha" in name)
+
+
+def test_the_control_is_the_mean_teacher_with_weight_0_bit_for_bit(started):
+    weights = []
+    for name in ("nnUNetTrainer", "nnUNetTrainerMeanTeacher_consistency_weight=0"):
+        trainer = started(name + SHORT)
+        train_steps(trainer, 3)
+        weights.append(flat(trainer.network))
+    assert torch.equal(*weights)
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """A user's method in a folder of nnU-Net's search path."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "of_mine.py").write_text(textwrap.dedent(METHOD))
+    import os
+
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path / "mine"), os.environ["nnUNet_extTrainer"]]))
+
+
+def test_a_users_method_trains_resumes_predicts_and_is_exported(written, make_trainer, prepared, work, tmp_path):
+    name = f"nnUNetTrainerOfMine_warm_up=0_sharpness=3{SHORT}"
+    assert find("nnUNetTrainerOfMine").Options().sharpness == 2
+    run_training(prepared("labels"), "2d", 0, name, "nnUNetPlans_cpu", device=torch.device("cpu"))
+    model = work / "results" / prepared("labels") / f"{name}__nnUNetPlans_cpu__2d"
+    final = checkpoints.read(model / "fold_0" / "checkpoint_final.pth")
+    assert final[checkpoints.STATE_KEY]["options"]["sharpness"] == 3
+    assert "sharp" in (model / "fold_0" / "progress_semiseg.csv").read_text()
+
+    run_until(make_trainer(name), 1)
+    resumed = make_trainer(name, continue_training=True)
+    resumed.load_checkpoint(str(model / "fold_0" / "checkpoint_latest.pth"))
+    resumed.run_training()
+    network = final["network_weights"]
+    assert all(torch.equal(value, network[key]) for key, value in resumed.network.state_dict().items())
+
+    image = make_case(300)[0]
+    segmentation, probabilities = predict(model, image)
+    assert segmentation.shape == image.shape
+    assert cli.main(["export", "-i", str(model), "-o", str(tmp_path / "exported")]) == 0
+    assert np.array_equal(predict(tmp_path / "exported", image)[1], probabilities)

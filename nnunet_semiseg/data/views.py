@@ -55,16 +55,18 @@ class TwoViewTransform(BasicTransform):
 
     Args:
         training_transforms: What ``get_training_transforms`` returns.
-        strength: Of the strong view: "nnunet" as in training, "strong" with ``strong_intensities`` as well.
+        strength: Of the strong view: "none" as the weak one, "nnunet" as in training, "strong" with
+            ``strong_intensities`` as well.
     """
 
     def __init__(self, training_transforms: ComposeTransforms, strength: str = "nnunet"):
         super().__init__()
         transforms = [t for t in training_transforms.transforms if not _is_one_of(t, _SEGMENTATION_ONLY)]
         intensity = [t for t in transforms if not _is_one_of(t, (*_GEOMETRY, MaskImageTransform))]
+        intensity = {"none": [], "nnunet": intensity, "strong": [*intensity, *strong_intensities()]}[strength]
         self.geometry = ComposeTransforms([t for t in transforms if _is_one_of(t, _GEOMETRY)])
         self.masking = ComposeTransforms([t for t in transforms if _is_one_of(t, (MaskImageTransform,))])
-        self.intensity = ComposeTransforms([*intensity, *(strong_intensities() if strength == "strong" else ())])
+        self.intensity = ComposeTransforms(intensity)
         self.transforms = (self.geometry, self.masking, self.intensity)
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict:

@@ -15,6 +15,7 @@ from nnunet_semiseg.trainers.frame.hooks import (
     Term,
     Unlabeled,
 )
+from nnunet_semiseg.trainers.frame.mixing import MixingOptions
 from nnunet_semiseg.trainers.frame.trainer import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.frame.two_networks import SecondNetworkOptions, TwoNetworkTrainer, second_network_option
 from nnunet_semiseg.trainers.frame.two_phases import PretrainingOptions, TwoPhaseTrainer
@@ -25,6 +26,7 @@ __all__ = [
     "STUDENT",
     "WHOLE_RUN",
     "FrameOptions",
+    "MixingOptions",
     "Paper",
     "PretrainingOptions",
     "RampOptions",

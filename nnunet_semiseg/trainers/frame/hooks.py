@@ -50,6 +50,12 @@ class FrameOptions(SeedOptions):
     unlabeled_foreground_sampling: float = option(
         0.0, "probability of centering an unlabeled patch on predicted foreground", low=0.0, high=1.0
     )
+    strong_view: str = option(
+        "nnunet",
+        "intensities of an unlabeled patch's strong view: those of the weak view, nnU-Net's augmentation, or on top of "
+        "it contrast, brightness, gamma, noise and blur for nearly every patch",
+        choices=("none", "nnunet", "strong"),
+    )
     allow_absent_classes: bool = option(False, "train although a class is in no labeled training case")
 
 

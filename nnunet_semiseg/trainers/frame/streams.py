@@ -116,7 +116,7 @@ class Streams:
             patch_size,
             self.label_manager,
             oversample_foreground_percent=self.options.unlabeled_foreground_sampling,
-            transforms=TwoViewTransform(transforms, getattr(self.options, "strong_view", "nnunet")),
+            transforms=TwoViewTransform(transforms, self.options.strong_view),
         )
         # The labeled loader keeps nnU-Net's number of processes; a step with both halves takes twice as long, so half
         # of it keeps up.

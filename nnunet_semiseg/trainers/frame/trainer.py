@@ -20,6 +20,7 @@ from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.trainers.frame.checkpointing import PREVIOUS, Checkpointing
 from nnunet_semiseg.trainers.frame.foreground import ForegroundSampling
 from nnunet_semiseg.trainers.frame.hooks import MethodHooks
+from nnunet_semiseg.trainers.frame.mixing import Mixing
 from nnunet_semiseg.trainers.frame.monitoring import Monitoring
 from nnunet_semiseg.trainers.frame.settings import Settings
 from nnunet_semiseg.trainers.frame.step import Step
@@ -27,7 +28,7 @@ from nnunet_semiseg.trainers.frame.streams import Streams
 
 
 class SemiSupervisedTrainer(
-    MethodHooks, Step, Streams, ForegroundSampling, Monitoring, Checkpointing, Settings, nnUNetTrainer
+    MethodHooks, Mixing, Step, Streams, ForegroundSampling, Monitoring, Checkpointing, Settings, nnUNetTrainer
 ):
     """nnU-Net's trainer with a second, unlabeled stream.
 

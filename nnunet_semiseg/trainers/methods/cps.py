@@ -10,6 +10,7 @@ from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 from nnunet_semiseg.trainers.frame import (
     SECOND,
     STUDENT,
+    MixingOptions,
     Paper,
     PretrainingOptions,
     SecondNetworkOptions,
@@ -21,7 +22,7 @@ from nnunet_semiseg.trainers.options import option
 
 
 @dataclass(frozen=True)
-class CPSOptions(SecondNetworkOptions, PretrainingOptions):
+class CPSOptions(SecondNetworkOptions, MixingOptions, PretrainingOptions):
     preset: str = option(
         "default",
         "paper: Dice alone and two architectures (the paper states no weight); code: weight 0.1 as well",
@@ -56,6 +57,7 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
       that know background alone teach just that.
     * Unlabeled patches only, as in the medical implementations; the original also takes the labeled ones.
     * With ``student_view=strong``, labels come from the weak view: two more forward passes without a gradient.
+      ``mixing`` and ``turns`` then change image and labels alike, as CutMix does in the original's experiments.
     * The code's unsupervised loss is Lovasz's, the paper's is Dice; the presets use Dice.
     * The paper's slice-position channel is not part of this trainer: nnU-Net's predictor does not tell a network where
       a slice lies.
@@ -76,6 +78,10 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
     options: CPSOptions
 
     def build_companions(self):
+        if self.options.student_view == "weak" and (self.options.mixing != "none" or self.options.turns):
+            raise ValueError(
+                "mixing and turns need labels from another view than the student's: use student_view=strong"
+            )
         part = self.options.pseudo_loss
         self.pseudo_loss = WeightedSegmentationLoss(
             self.labels,
@@ -96,20 +102,24 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
         yield self.supervised_loss(data, target)
         yield self.supervised_loss(data, target, network=1)
         if self.uses_unlabeled():
-            yield from self.cross_losses(self.next_unlabeled())
+            yield from self.cross_losses(self.next_unlabeled(), *self.labeled_voxels(data, target))
 
-    def cross_losses(self, unlabeled):
+    def cross_losses(self, unlabeled, data, labels, valid):
         """The two cross terms, a backward pass each."""
         networks = self.trained_networks
         if self.options.student_view == "strong":
             with torch.no_grad():
                 hard = [self.labels.hard(self.logits(network, unlabeled.weak)) for network in networks]
+            self.monitor("disagreement", self.labels.differ(*hard).float().mean())
+            everywhere = torch.ones_like(hard[0][:, :1], dtype=torch.bool)
+            own, labeled = (unlabeled.strong, *hard, everywhere), (data, labels, labels, valid)
+            image, *hard, weight = self.perturbed(own, labeled)
             # Lazily, so that one graph is in memory at a time.
-            learned = (self.logits(network, unlabeled.strong) for network in networks)
+            learned = (self.logits(network, image) for network in networks)
         else:
             learned = [self.logits(network, unlabeled.weak) for network in networks]
             hard = [self.labels.hard(logits.detach()) for logits in learned]
-        everywhere = torch.ones_like(hard[0][:, :1], dtype=torch.bool)
-        self.monitor("disagreement", self.labels.differ(*hard).float().mean())
-        for name, logits, labels in zip(("cross_first", "cross_second"), learned, reversed(hard)):
-            yield {name: Term(self.pseudo_loss(logits, labels, everywhere), self.pseudo_weight())}
+            self.monitor("disagreement", self.labels.differ(*hard).float().mean())
+            weight = torch.ones_like(hard[0][:, :1], dtype=torch.bool)
+        for name, logits, target in zip(("cross_first", "cross_second"), learned, reversed(hard)):
+            yield {name: Term(self.pseudo_loss(logits, target, weight), self.pseudo_weight())}

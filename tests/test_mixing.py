@@ -130,6 +130,7 @@ def test_cutmix_literally(started, kind, configuration):
         kind,
         configuration,
     )
+    trainer.before_step()
     batch = next(trainer.dataloader_train)
     unlabeled = trainer.next_unlabeled()
     with torch.no_grad():

@@ -305,3 +305,70 @@ def test_a_case_without_image_is_named(scored, capsys):
     assert run(scored, "--annotate", "1", "--images", str(scored / "images")) == 1
     assert "has no image c_2_0000" in capsys.readouterr().err
     assert not (scored / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- presence
+
+
+def missing(name="RV", **others):
+    return case_score("a", 1.0, **{name: class_score(None, volume=0.0)}, **others)
+
+
+def test_a_class_that_labeled_cases_have_must_be_in_the_consensus():
+    scores = {"a": missing(LV=class_score(1.0))}
+    shares = {"RV": 1.0, "LV": 1.0}
+    assert accepted(scores, class_thresholds={"RV": 0.9}) == ["a"], "no labeled cases are known"
+    decision = select(scores, Rules(class_thresholds={"RV": 0.9}), shares)["a"]
+    assert decision.reasons == ("RV is missing, 100% of the labeled cases have it",)
+    assert select(scores, Rules(presence=None), shares)["a"].accepted
+
+
+@pytest.mark.parametrize("labeled, with_it, expected", [(3, 3, False), (3, 2, True), (20, 19, False), (20, 18, True)])
+def test_how_often_labeled_cases_must_have_it(labeled, with_it, expected):
+    assert select({"a": missing()}, Rules(), {"RV": with_it / labeled})["a"].accepted == expected
+
+
+@pytest.fixture
+def without_core(tmp_path):
+    """Members that disagree a little and all miss the core, and labeled cases."""
+    from conftest import make_case
+
+    for member in range(3):
+        for case in "ab":
+            labels = np.minimum(make_case(60)[1], 1) if case == "a" else make_case(61)[1]
+            labels[0, 0, member] = 1
+            write_image(labels, tmp_path / f"member_{member}" / f"{case}.nii.gz")
+    for i in range(3):
+        write_image(make_case(i)[1], tmp_path / "labeled" / f"lab_{i}.nii.gz")
+    labels = {"background": 0, "ball": 1, "core": 2}
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"labels": labels, "channel_names": {}, "file_ending": ".nii.gz"})
+    )
+    return tmp_path
+
+
+def select_after_scoring(folder, score_flags, select_flags, name):
+    members = [str(folder / f"member_{i}") for i in range(3)]
+    out = folder / f"scores_{name}"
+    flags = ["--dataset-json", str(folder / "dataset.json"), "-np", "1", *score_flags]
+    assert cli.main(["score", "-i", *members, "-o", str(out), *flags]) == 0
+    code = cli.main(
+        ["select", "-i", str(out), "-o", str(folder / name), "--class-threshold", "core=0.9", *select_flags]
+    )
+    if code:
+        return code
+    with open(folder / name / "selection.csv") as stream:
+        return {row["case"]: (row["accepted"], row["reasons"]) for row in csv.DictReader(stream)}
+
+
+def test_the_table_names_the_class_that_every_member_missed(without_core, capsys):
+    labeled = ["--labeled", str(without_core / "labeled")]
+    rows = select_after_scoring(without_core, labeled, [], "default")
+    assert rows == {"a": ("no", "core is missing, 100% of the labeled cases have it"), "b": ("yes", "")}
+    rows = select_after_scoring(without_core, labeled, ["--presence", "off"], "off")
+    assert rows["a"] == ("yes", "")
+    capsys.readouterr()
+    assert select_after_scoring(without_core, [], [], "unknown")["a"] == ("yes", "")
+    assert "No labeled cases are known" in capsys.readouterr().out
+    assert select_after_scoring(without_core, [], ["--presence", "0.9"], "asked") == 1
+    assert "--presence needs labeled cases" in capsys.readouterr().err

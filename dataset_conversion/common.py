@@ -118,15 +118,15 @@ class Download:
 
     @staticmethod
     def _archives(folder: Path) -> list[Path]:
-        return sorted(f for f in folder.rglob("*") if f.name.endswith(ARCHIVES) and not f.is_dir() and not _junk(f))
+        return sorted(f for f in folder.rglob("*") if f.name.endswith(ARCHIVES) and not f.is_dir() and not junk(f))
 
     def find(self, pattern: str) -> list[Path]:
         """Files and folders at any depth whose name matches, sorted by path."""
-        return sorted(f for root in self.roots for f in root.rglob(pattern) if not _junk(f))
+        return sorted(f for root in self.roots for f in root.rglob(pattern) if not junk(f))
 
 
-def _junk(path: Path) -> bool:
-    # What macOS and Windows put into archives.
+def junk(path: Path) -> bool:
+    """Whether it is something that macOS and Windows put into archives, or a hidden file."""
     return path.name.startswith(".") or "__MACOSX" in path.parts
 
 
@@ -151,7 +151,7 @@ def _is_unpacked(archive: Path, beside: tuple[Path, Path]) -> bool:
 
     All of a .zip file; only the first of the others, which have no table of contents.
     """
-    names = (name for name, _ in _members(archive) if not _junk(Path(name)))
+    names = (name for name, _ in _members(archive) if not junk(Path(name)))
     names = list(names) if archive.name.endswith(".zip") else list(islice(names, 1))
     found = max(sum((folder / name).exists() for name in names) for folder in beside)
     if 0 < found < len(names):

@@ -153,7 +153,11 @@ def find_files(folder: Path, ending: str | None = None, more: tuple[str, ...] = 
         if own:
             found.setdefault(own, {})[file.name[: -len(own)]] = file
     if not found:
-        raise FileNotFoundError(f"{folder} has no files that end in {' or '.join(endings)}")
+        looked_for = ending or f"{', '.join(FILE_ENDINGS[:3])} or another ending of an image"
+        there = sorted(path.name for path in folder.iterdir())
+        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        what = f"It holds {there[0]}{others}" if there else "It is empty"
+        raise FileNotFoundError(f"{folder} has no files that end in {looked_for}. {what}")
     if len(found) > 1:
         raise ValueError(f"{folder} has files that end in {' and in '.join(found)}. Keep those of one kind there")
     return next(iter(found.values()))

@@ -22,7 +22,7 @@ from nnunet_semiseg.trainers.registry import find_trainer
 from pseudo_label.executors import Failure, Job, end_of, lock
 from pseudo_label.manifest import Manifest
 from pseudo_label.next_dataset import NextDataset, free_ids, read_cases, release_id, reserve_id, used_ids
-from pseudo_label.scores import CaseScore, labeled_shares, read_scores, score_members
+from pseudo_label.scores import CaseScore, read_scores, score_members
 from pseudo_label.selection import Rules, select, to_annotate
 from pseudo_label.selection_files import export_for_annotation, ignore_value, write_selection
 
@@ -443,7 +443,7 @@ class Rounds:
 
     def _select_step(self, number: int, of: dict) -> None:
         scores, s = self._scores(number), self.settings
-        decisions = select(scores, s.rules, labeled_shares(self.scored(number)))
+        decisions = select(scores, s.rules)
         folder = self.round_folder(number) / "selection"
         of["select_command"] = shlex.join(self._select_command(number))
         of["accepted"] = [case for case, decision in decisions.items() if decision.accepted]
@@ -657,7 +657,6 @@ class Rounds:
         for flag, values in pairs.items():
             command += [flag, *(f"{name}={value}" for name, value in values.items())] if values else []
         command += ["--balanced"] if rules.balanced else []
-        command += ["--presence", "off" if rules.presence is None else str(rules.presence)]
         s = self.settings
         command += ["--min-agreement", str(s.min_agreement)] if s.min_agreement else []
         images = str(self.round_folder(number) / "images")

@@ -482,19 +482,6 @@ def _score_case(
     write_json(out / "cases" / f"{case}.json", {**asdict(score), "members": dict(zip(settings["members"], of_members))})
 
 
-def labeled_shares(out: Path) -> dict[str, float] | None:
-    """{class: share of the labeled cases that have it}, of a folder that was scored; None if it knows no labeled cases.
-
-    Raises:
-        ValueError: naming the file, if it is damaged.
-    """
-    file = Path(out) / "labeled_volumes.json"
-    if not file.is_file():
-        return None
-    cases = list(read_json(file, cure="Score again with --overwrite").values())
-    return {name: sum(of[name] > 0 for of in cases) / len(cases) for name in cases[0]} if cases else None
-
-
 def read_scores(out: Path) -> dict[str, CaseScore]:
     """{case: its scores} that :func:`score_members` left in a folder, sorted.
 

@@ -12,8 +12,6 @@ from pseudo_label.scores import CaseScore
 
 # --annotate chooses among this many times as many of the worst cases, so that they need not all be of one kind.
 ANNOTATE_POOL = 3
-# Classes that so many of the labeled cases have are expected in every case; of fewer than 20 cases, all.
-PRESENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,6 @@ class Rules:
         top: The most cases that are accepted: the best ones.
         fraction: The same as a share of the scored cases, rounded down.
         balanced: ``top`` or ``fraction`` by class: the classes take turns, each takes the case that it is best in.
-        presence: Classes that at least this share of the labeled cases have must be in the consensus; None for no such
-            rule. Members that all miss a class agree perfectly, and would teach that it is not there.
     """
 
     threshold: float | None = None
@@ -39,16 +35,10 @@ class Rules:
     top: int | None = None
     fraction: float | None = None
     balanced: bool = False
-    presence: float | None = PRESENCE
 
     def check(self, class_names) -> None:
         """Raises ValueError if a rule cannot be applied, naming it."""
-        shares = {
-            "threshold": self.threshold,
-            "fraction": self.fraction,
-            "presence": self.presence,
-            **self.class_thresholds,
-        }
+        shares = {"threshold": self.threshold, "fraction": self.fraction, **self.class_thresholds}
         for name, value in shares.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"The {name} of {value:g} is not between 0 and 1")
@@ -73,17 +63,11 @@ class Decision:
     reasons: tuple[str, ...] = ()
 
 
-def select(
-    scores: Mapping[str, CaseScore], rules: Rules, labeled_shares: Mapping[str, float] | None = None
-) -> dict[str, Decision]:
+def select(scores: Mapping[str, CaseScore], rules: Rules) -> dict[str, Decision]:
     """A decision for every scored case, in the order of ``scores``.
 
     A score that equals a threshold is accepted. ``top`` and ``fraction`` choose among the cases that fulfill the other
     rules; equal scores are taken in the order of names.
-
-    Args:
-        labeled_shares: {class: share of the labeled cases that have it}; None where none are known, and ``presence``
-            rejects nothing.
 
     Raises:
         ValueError: if a rule compares volumes with labeled cases, and the scores have none.
@@ -94,12 +78,7 @@ def select(
         raise ValueError(
             "--max-volume-zscore needs the volumes of two or more labeled cases. Score with -d, or with --labeled"
         )
-    expected = {
-        name: share
-        for name, share in (labeled_shares or {}).items()
-        if rules.presence is not None and share >= rules.presence
-    }
-    reasons = {case: _reasons(score, rules, expected) for case, score in scores.items()}
+    reasons = {case: _reasons(score, rules) for case, score in scores.items()}
     candidates = [scores[case] for case, found in reasons.items() if not found]
     limit = rules.top if rules.fraction is None else int(rules.fraction * len(scores) + 1e-9)
     if limit is not None:
@@ -115,15 +94,13 @@ def _best_first(score: CaseScore):
     return -score.score, score.case
 
 
-def _reasons(score: CaseScore, rules: Rules, expected: Mapping[str, float]) -> list[str]:
+def _reasons(score: CaseScore, rules: Rules) -> list[str]:
     if score.score is None:
         return ["no foreground in the consensus or in any member"]
     found = []
     if rules.threshold is not None and score.score < rules.threshold:
         found.append(f"score {score.score:.4f} is below {rules.threshold:g}")
     for name, own in score.classes.items():
-        if name in expected and own.volume_mm3 == 0:
-            found.append(f"{name} is missing, {expected[name]:.0%} of the labeled cases have it")
         lowest = rules.class_thresholds.get(name)
         if lowest is not None and own.score is not None and own.score < lowest:
             found.append(f"score {own.score:.4f} of {name} is below {lowest:g}")

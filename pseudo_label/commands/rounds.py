@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from nnunet_semiseg.datasets import Dataset, dataset_name
@@ -76,8 +75,8 @@ def add_arguments(parser):
 def run(args) -> None:
     dataset = Dataset(dataset_name(args.d))
     rules = read_rules(args, Classes.from_file(dataset.json_file))
-    if replace(rules, presence=None) == Rules(presence=None):
-        rules = replace(rules, threshold=DEFAULT_THRESHOLD)
+    if rules == Rules():
+        rules = Rules(threshold=DEFAULT_THRESHOLD)
     settings = Settings(
         dataset=dataset.name,
         configuration=args.c,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnunet_semiseg.segmentations import Classes
-from pseudo_label.scores import labeled_shares, read_scores
-from pseudo_label.selection import PRESENCE, Rules, select, to_annotate
+from pseudo_label.scores import read_scores
+from pseudo_label.selection import Rules, select, to_annotate
 from pseudo_label.selection_files import (
     case_images,
     export_for_annotation,
@@ -38,13 +38,6 @@ def add_rules(parser, meaning: str) -> None:
         metavar="NAME=N",
         help="largest number of connected components of a class",
     )
-    rules.add_argument(
-        "--presence",
-        type=_share_or_off,
-        metavar="P",
-        help="classes that at least this share of the labeled cases have must be in the consensus; off: no such rule "
-        f"(default: {PRESENCE}, if labeled cases are known)",
-    )
     rules.add_argument("--top", type=int, metavar="K", help="at most the K best of the cases that fulfill the others")
     rules.add_argument(
         "--fraction", type=float, metavar="F", help="the same with K = F times the scored cases, rounded down"
@@ -59,16 +52,6 @@ def add_rules(parser, meaning: str) -> None:
         metavar="A",
         help="voxels of accepted cases on which a smaller share of the members agrees become the ignore label",
     )
-
-
-OFF = "off"
-
-
-def _share_or_off(text: str):
-    return OFF if text == OFF else float(text)
-
-
-_share_or_off.__name__ = "share"
 
 
 def _pair(kind):
@@ -92,7 +75,6 @@ def read_rules(args, classes: Classes) -> Rules:
         args.top,
         args.fraction,
         args.balanced,
-        {None: PRESENCE, OFF: None}.get(args.presence, args.presence),
     )
     rules.check(classes.names)
     if not 0 <= args.min_agreement <= 1:
@@ -120,11 +102,6 @@ def run(args) -> None:
     # The scores may be of a version that did not check it.
     classes.check_order(args.i / "score.json")
     rules = read_rules(args, classes)
-    shares = labeled_shares(args.i)
-    if shares is None:
-        if args.presence not in (None, OFF):
-            raise ValueError("--presence needs labeled cases. Score with -d, or with --labeled")
-        print("No labeled cases are known, so that a class which all members miss is no reason to reject a case")
     images = None
     if args.annotate is not None:
         if args.annotate < 1:
@@ -136,7 +113,7 @@ def run(args) -> None:
         remove_selection(args.o)
     elif args.o.exists() and any(args.o.iterdir()):
         raise FileExistsError(f"{args.o} is not empty. Choose another -o, or replace what is there with --overwrite")
-    decisions = select(scores, rules, shares)
+    decisions = select(scores, rules)
     left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
     chosen = to_annotate(left, args.annotate) if images is not None else []
     if chosen:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -21,6 +22,9 @@ class LabelAdapter:
     (C - 1 labels, or C regions); ``*`` is (Y, X) or (Z, Y, X).
 
     A *hard* prediction has the form of nnU-Net's own targets: (B, 1, *) int64 of label ids, or (B, R, *) bool.
+
+    ``parents`` has, for each of the K foreground classes or regions, the numbers of the regions that contain it: those
+    that have all of its labels, and more. A class has none.
     """
 
     def __init__(self, label_manager: LabelManager):
@@ -31,6 +35,8 @@ class LabelAdapter:
         self.foreground_names: list = (
             list(label_manager.foreground_regions) if self.has_regions else list(label_manager.foreground_labels)
         )
+        values = [set(np.atleast_1d(name).tolist()) for name in self.foreground_names]
+        self.parents: list[list[int]] = [[k for k, other in enumerate(values) if own < other] for own in values]
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """(B, C, *) logits to (B, C, *) float32 probabilities."""

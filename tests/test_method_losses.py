@@ -1,5 +1,6 @@
 """The methods' equations, read slowly: voxel by voxel, from the papers."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from scipy import ndimage
 from test_losses import SHAPES, adapter, voxels
 
 from nnunet_semiseg.data.components import keep_largest_components
+from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.losses.consistency import clamped_noise
 from nnunet_semiseg.losses.distance import cross_task_error, distance_error, mask_of_distance
 from nnunet_semiseg.losses.mixing import random_cuboid
@@ -623,6 +625,56 @@ def test_largest_component_of_each_class(regions, shape):
                 assert after.sum() == sizes.max()
                 one = np.unique(components[after])
                 assert len(one) == 1 and one[0] > 0
+
+
+def nested_adapter(order=(0, 1, 2, 3, 4)):
+    """Regions in which core is inside whole, rim inside whole, and tip inside core and whole; other is on its own."""
+    regions = [(1, 2, 3, 4), (2, 3), 3, (1, 4), 5]
+    manager = SimpleNamespace(
+        has_regions=True,
+        ignore_label=None,
+        num_segmentation_heads=5,
+        foreground_regions=[regions[i] for i in order],
+    )
+    parents = [[], [0], [0, 1], [0], []]
+    return LabelAdapter(manager), [[order.index(p) for p in parents[i]] for i in order]
+
+
+@BOTH_SHAPES
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (2, 4, 3, 1, 0)])
+def test_largest_component_inside_that_of_the_parent(shape, order):
+    """The literal reading: the largest component of what lies in the kept components of all parents."""
+    random = np.random.RandomState(1)
+    labels, parents = nested_adapter(order)
+    assert [sorted(of) for of in parents] == labels.parents
+    shape = tuple(4 * side for side in shape)
+    for _ in range(3):
+        hard = torch.from_numpy(random.rand(2, 5, *shape) < 0.3)
+        kept = keep_largest_components(hard, labels)
+        for b, k in itertools.product(range(2), range(5)):
+            allowed, after = hard[b, k].numpy().copy(), kept[b, k].numpy()
+            for parent in parents[k]:
+                allowed &= kept[b, parent].numpy()
+            components, count = ndimage.label(allowed, np.ones((3,) * len(shape)))
+            sizes = [(components == i + 1).sum() for i in range(count)]
+            assert after.sum() == max(sizes, default=0)
+            if count:
+                (one,) = np.unique(components[after])
+                assert one > 0 and (components == one).sum() == after.sum()
+
+
+@BOTH_SHAPES
+def test_a_child_in_a_removed_piece_of_its_parent_is_removed(shape):
+    """Whole in a large and a small piece; core has most of its voxels in the small one."""
+    labels, _ = nested_adapter()
+    hard = torch.zeros(1, 5, *[12] * len(shape), dtype=torch.bool)
+    large, small = (slice(0, 6),) * len(shape), (slice(8, 12),) * len(shape)
+    hard[0, 0][large] = hard[0, 0][small] = hard[0, 1][small] = hard[0, 4][small] = True
+    hard[0, 1][(1,) * len(shape)] = True
+    kept = keep_largest_components(hard, labels)[0]
+    assert kept[0].sum() == 6 ** len(shape) and kept[1].sum() == 1 and not (kept[1] & ~kept[0]).any()
+    # A region that is in no other one is judged for itself.
+    assert torch.equal(kept[4], hard[0, 4])
 
 
 def test_largest_component_of_nothing_is_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import cc3d
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ def keep_largest_components(hard: torch.Tensor, labels: LabelAdapter) -> torch.T
 
     Neighbors share a face, an edge or a corner. Of components of the same size the first stays.
 
+    A region stays inside the regions that contain it: only what lies in their kept components counts for it.
+
     Args:
         hard: A hard prediction: (B, 1, *) integer labels or (B, R, *) bool.
 
@@ -23,7 +27,12 @@ def keep_largest_components(hard: torch.Tensor, labels: LabelAdapter) -> torch.T
     # A copy whose channels can be written to in place, whatever the layout of the input.
     array = np.array(hard.cpu(), np.uint8 if labels.has_regions else np.uint16, order="C")
     connectivity = 8 if array.ndim == 4 else 26
-    for channel in array.reshape(-1, *array.shape[2:]):
+    # Parents come before their children: of two nested regions the inner one has more parents.
+    order = sorted(range(array.shape[1]), key=lambda k: len(labels.parents[k]))
+    for sample, k in product(array, order):
+        channel = sample[k]
+        for parent in labels.parents[k]:
+            channel *= sample[parent]
         # Touching components of different labels are told apart, so one pass does for all classes.
         components, count = cc3d.connected_components(channel, connectivity=connectivity, return_N=True)
         size = np.bincount(components.ravel(), minlength=count + 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nnunet_semiseg.files import read_json, read_table, write_json, write_text
+from nnunet_semiseg.files import read_table, write_json, write_text
 from nnunet_semiseg.segmentations import find_files
 from nnunet_semiseg.trainers.options import build_options
 from nnunet_semiseg.trainers.registry import find_trainer
@@ -16,7 +16,7 @@ from pseudo_label import pictures
 from pseudo_label.executors import HEADER
 from pseudo_label.manifest import Manifest
 from pseudo_label.rounds import Member
-from pseudo_label.scores import read_scores
+from pseudo_label.scores import read_labeled_volumes, read_scores
 from pseudo_label.selection_files import scored_classes
 
 # Cases of each kind that are shown as pictures.
@@ -151,8 +151,7 @@ def _pictures(folder: Path, content: dict) -> dict:
     scored = [of for of in rounds if of["cases"]]
     if scored:
         ticks, means = _ticks(scored), [of["volumes_mm3"] for of in scored]
-        file = folder / "round_1" / "scores" / "labeled_volumes.json"
-        labeled = list(read_json(file).values()) if file.is_file() else []
+        labeled = list(read_labeled_volumes(folder / "round_1" / "scores").values())
         if labeled:
             ticks = ["labeled", *ticks]
             means = [{name: sum(v[name] for v in labeled) / len(labeled) for name in labeled[0]}, *means]

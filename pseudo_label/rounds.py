@@ -22,7 +22,7 @@ from nnunet_semiseg.trainers.registry import find_trainer
 from pseudo_label.executors import Failure, Job, end_of, lock
 from pseudo_label.manifest import Manifest
 from pseudo_label.next_dataset import NextDataset, free_ids, read_cases, release_id, reserve_id, used_ids
-from pseudo_label.scores import CaseScore, read_scores, score_members
+from pseudo_label.scores import CaseScore, read_labeled_volumes, read_scores, score_members
 from pseudo_label.selection import Rules, select, to_annotate
 from pseudo_label.selection_files import export_for_annotation, ignore_value, write_selection
 
@@ -443,12 +443,13 @@ class Rounds:
 
     def _select_step(self, number: int, of: dict) -> None:
         scores, s = self._scores(number), self.settings
-        decisions = select(scores, s.rules)
+        decisions = select(scores, s.rules, read_labeled_volumes(self.scored(number)))
         folder = self.round_folder(number) / "selection"
         of["select_command"] = shlex.join(self._select_command(number))
         of["accepted"] = [case for case, decision in decisions.items() if decision.accepted]
         left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
-        of["annotate"] = to_annotate(left, s.annotate)
+        lacking = {case for case, decision in decisions.items() if decision.lacking}
+        of["annotate"] = to_annotate(left, s.annotate, lacking)
         if of["annotate"]:
             images = {case: self.cases.unlabeled[case] for case in of["annotate"]}
             export_for_annotation(
@@ -479,7 +480,7 @@ class Rounds:
         """
         volumes = _volumes(scores, scores)
         if number == 1:
-            labeled = read_json(self.scored(1) / "labeled_volumes.json")
+            labeled = read_labeled_volumes(self.scored(1))
             compared = [("the labeled cases", list(labeled.values()), DRIFT_FROM_LABELED)]
         else:
             # In round 2 the round before is round 1.
@@ -657,6 +658,8 @@ class Rounds:
         for flag, values in pairs.items():
             command += [flag, *(f"{name}={value}" for name, value in values.items())] if values else []
         command += ["--balanced"] if rules.balanced else []
+        command += ["--presence", "off" if rules.presence is None else str(rules.presence)]
+        command += ["--may-be-absent", *rules.may_be_absent] if rules.may_be_absent else []
         s = self.settings
         command += ["--min-agreement", str(s.min_agreement)] if s.min_agreement else []
         images = str(self.round_folder(number) / "images")

@@ -413,8 +413,14 @@ def _labeled_volumes(
                 f"{len(failures)} of {len(jobs)} labeled cases in {folder} cannot be read (above). Mend them"
             )
         write_json(file, volumes)
-    volumes = np.array([list(of_case.values()) for of_case in read_json(file).values()])
+    volumes = np.array([list(of_case.values()) for of_case in read_labeled_volumes(out).values()])
     return (volumes.mean(0), volumes.std(0, ddof=1)) if len(volumes) > 1 else None
+
+
+def read_labeled_volumes(out: Path) -> dict[str, dict[str, float]]:
+    """{labeled case: {class: its volume in mm3}} of a scored folder; empty if it was compared with none."""
+    file = Path(out) / "labeled_volumes.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def _volumes_of(file: Path, classes: Classes) -> dict[str, float]:

@@ -29,6 +29,7 @@ from dataset_conversion.common import (
     read_h5,
     with_spacing,
 )
+from nnunet_semiseg.files import read_text
 from nnunet_semiseg.segmentations import read_image
 
 # Of the .h5 files: what the data set mostly has (x, y, z in mm).
@@ -67,7 +68,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
 
 def _official(info: Path, cine: bool) -> list[Case]:
     folder, patient = info.parent, info.parent.name
-    facts = dict(re.findall(r"^(\w+):\s*(\S+)", info.read_text(encoding="utf-8"), re.MULTILINE))
+    facts = dict(re.findall(r"^(\w+):\s*(\S+)", read_text(info), re.MULTILINE))
     result = []
     for phase in PHASES:
         if not facts.get(phase, "").isdigit():

@@ -21,6 +21,7 @@ from dataset_conversion.common import (
     read_volume,
     with_spacing,
 )
+from nnunet_semiseg.files import read_text
 
 SPACING = (0.625, 0.625, 0.625)
 LISTS = ("train.list", "test.list")
@@ -44,7 +45,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
         raise ValueError(f"{download} has no lgemri.nrrd and no mri_norm2.h5: it is not the left atrium data of 2018")
     scans = by_name(files, lambda file: file.parent.name)
     # Copies of the shared form come with the lists; they decide if they are there.
-    lists = [[line for file in download.find(name)[:1] for line in file.read_text().split()] for name in LISTS]
+    lists = [[line for file in download.find(name)[:1] for line in read_text(file).split()] for name in LISTS]
     train, test = lists if all(lists) else (LABELED.split(), TEST.split())
     result = []
     for name in in_order(scans, [*train, *test]):

@@ -32,7 +32,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
     folders = by_name(download.find("PANCREAS_[0-9][0-9][0-9][0-9]"), lambda folder: folder.name)
     for name, folder in folders.items():
         number = name[-4:]
-        series = sorted({file.parent for file in folder.rglob("*.dcm")})
+        series = sorted({file.parent for file in folder.rglob("[!.]*.dcm")})
         # The archive keeps empty folders of withdrawn cases.
         if int(number) in WITHDRAWN or not series:
             continue

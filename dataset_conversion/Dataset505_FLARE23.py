@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
 def _is_complete(file: Path, known: Path) -> bool:
     """Whether a label has all organs, from ``known`` if that is of the same file."""
     key = json.dumps(version(file))
-    if known.is_file():
+    with suppress(OSError, ValueError, KeyError, TypeError):
         content = read_json(known)
         if content["key"] == key:
             return content["complete"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 from dataset_conversion.common import Case, Download, Source
+from nnunet_semiseg.files import read_table
 from nnunet_semiseg.segmentations import find_files, patients_of
 
 # Of further formats that SimpleITK reads; of pairs of files, the one with the header.
@@ -94,8 +94,7 @@ def _inside(download: Download, path: str) -> Path:
 
 def _of_table(download: Download, args: Namespace) -> list[Case]:
     """Columns: image, image2, ... for the channels; case (default: the image's name), patient, label, split."""
-    with open(args.csv, newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_table(args.csv)
     numbered = {key: re.fullmatch(r"image(\d*)", key or "") for key in (rows[0] if rows else ())}
     channels = sorted((key for key in numbered if numbered[key]), key=lambda key: int(numbered[key][1] or 1))
     if not rows or "image" not in rows[0]:

@@ -118,7 +118,7 @@ class Download:
 
     @staticmethod
     def _archives(folder: Path) -> list[Path]:
-        return sorted(f for f in folder.rglob("*") if f.name.endswith(ARCHIVES) and f.is_file() and not _junk(f))
+        return sorted(f for f in folder.rglob("*") if f.name.endswith(ARCHIVES) and not f.is_dir() and not _junk(f))
 
     def find(self, pattern: str) -> list[Path]:
         """Files and folders at any depth whose name matches, sorted by path."""

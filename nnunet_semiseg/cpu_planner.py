@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 
@@ -23,6 +25,18 @@ class CPUPlanner(ExperimentPlanner):
         self.batch_size = batch_size
         self.UNet_base_num_features = features
         self.UNet_max_features_2d = self.UNet_max_features_3d = 16 * features
+
+    @staticmethod
+    def static_estimate_VRAM_usage(*args, **kwargs):
+        # nnU-Net takes the number of augmentation processes for a number of threads here, and torch refuses 0.
+        before = os.environ.get("nnUNet_n_proc_DA")
+        if before == "0":
+            os.environ["nnUNet_n_proc_DA"] = "1"
+        try:
+            return ExperimentPlanner.static_estimate_VRAM_usage(*args, **kwargs)
+        finally:
+            if before == "0":
+                os.environ["nnUNet_n_proc_DA"] = before
 
     def get_plans_for_configuration(self, spacing, *args, **kwargs):
         plan = super().get_plans_for_configuration(spacing, *args, **kwargs)

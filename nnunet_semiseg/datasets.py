@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+from collections.abc import Iterable
 from contextlib import redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,25 +15,81 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import SimpleITK as sitk
-from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_semiseg.files import read_json, visible_files
 
 # How far an unlabeled image may be from the labeled ones before it is called an outlier.
 SPACING_RATIO = 2.0
 INTENSITY_SDS = 5.0
 
 
-def dataset_name(name_or_id: str) -> str:
-    """``501`` or ``Dataset501_Name`` to the name, with a clear error if there is no such dataset."""
-    for variable in (nnUNet_raw, nnUNet_preprocessed):
-        if not variable.is_set():
+def check_variables(*variables) -> None:
+    """Raises ValueError naming the first of nnU-Net's variables that is not set, or is set with quotation marks."""
+    for variable in variables:
+        value = variable.get()
+        if not value:
             raise ValueError(f"The variable {variable.env_var_name} is not set. Set it to a folder of your choice")
-    try:
-        return maybe_convert_to_dataset_name(int(name_or_id) if str(name_or_id).isdigit() else name_or_id)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"There is no dataset {name_or_id} in {nnUNet_raw} or {nnUNet_preprocessed}") from error
+        if quoted(value):
+            raise ValueError(
+                f"The variable {variable.env_var_name} is {value}, with the quotation marks. Set it without them"
+            )
+
+
+def quoted(folder: str) -> bool:
+    """Whether a variable's value has quotation marks around it, which a shell removes but a settings file does not."""
+    return not Path(folder).exists() and (folder[0] in "\"'" or folder[-1] in "\"'")
+
+
+def dataset_name(name_or_id: str) -> str:
+    """``501`` or ``Dataset501_Name`` to the name, with a clear error if there is no such dataset, or two."""
+    check_variables(nnUNet_raw, nnUNet_preprocessed)
+    name = str(name_or_id)
+    if name.startswith("Dataset"):
+        return name
+    found = find_candidate_datasets(int(name)).tolist() if name.isdecimal() else []
+    if len(found) > 1:
+        raise ValueError(
+            f"There are {len(found)} datasets {name}: {', '.join(found)}, in {nnUNet_raw}, {nnUNet_preprocessed} or "
+            f"{nnUNet_results.get()}. nnU-Net wants one for each id: rename or remove the other, or give the full name"
+        )
+    if not found:
+        raise ValueError(f"There is no dataset {name_or_id} in {nnUNet_raw} or {nnUNet_preprocessed}")
+    return found[0]
+
+
+def read_dataset_json(file: Path, keys: Iterable[str] = ("labels",)) -> dict:
+    """The content of a dataset.json.
+
+    Args:
+        keys: That it has to have.
+
+    Raises:
+        OSError, ValueError: naming the file, what is missing and the cure.
+    """
+    cure = "docs/data.md shows what nnU-Net wants there"
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} is missing. Every nnU-Net dataset needs one")
+    content = read_json(file, ("labels",), cure)
+    if isinstance(content["labels"], dict) and isinstance(content["labels"].get("0"), str):
+        raise ValueError(
+            f"{file} is of nnU-Net v1: its labels are {{value: name}}. Convert the dataset with "
+            "nnUNetv2_convert_old_nnUNet_dataset"
+        )
+    for key in keys:
+        if key not in content and not (key == "channel_names" and "modality" in content):
+            raise ValueError(f"{file} has no key '{key}'. {cure}")
+    for key, kind in _DATASET_KEYS.items():
+        if not isinstance(content.get(key, kind()), kind):
+            raise ValueError(f"{file}: '{key}' is {content[key]!r}, which is no {_KINDS[kind]}. {cure}")
+    return content
+
+
+_DATASET_KEYS = {"labels": dict, "channel_names": dict, "modality": dict, "dataset": dict, "file_ending": str}
+_KINDS = {dict: "object {name: value}", str: "text"}
 
 
 class CaseError(ValueError):
@@ -48,6 +107,11 @@ class Dataset:
     name: str
 
     @property
+    def number(self) -> str:
+        """Its id: nnU-Net's commands for planning and preprocessing take no name."""
+        return self.name[len("Dataset") :].partition("_")[0]
+
+    @property
     def raw(self) -> Path:
         return Path(str(nnUNet_raw)) / self.name
 
@@ -55,12 +119,15 @@ class Dataset:
     def preprocessed(self) -> Path:
         return Path(str(nnUNet_preprocessed)) / self.name
 
+    @property
+    def json_file(self) -> Path:
+        """The dataset.json beside the preprocessed data; before there is one, the raw one."""
+        file = self.preprocessed / "dataset.json"
+        return file if file.is_file() else self.raw / "dataset.json"
+
     @cached_property
     def json(self) -> dict:
-        for folder in (self.preprocessed, self.raw):
-            if (folder / "dataset.json").is_file():
-                return load_json(str(folder / "dataset.json"))
-        raise FileNotFoundError(f"{self.raw / 'dataset.json'} is missing. Every nnU-Net dataset needs one")
+        return read_dataset_json(self.json_file, ("channel_names", "labels", "file_ending"))
 
     @property
     def file_ending(self) -> str:
@@ -70,23 +137,79 @@ class Dataset:
     def num_channels(self) -> int:
         return len(self.json.get("channel_names", self.json.get("modality")))
 
+    def plans_names(self) -> list[str]:
+        """Of all plans, whatever they are called, sorted."""
+        return sorted(file.stem for file in self.preprocessed.glob("[!.]*.json") if _is_plans(file))
+
     def plans(self, plans_name: str) -> PlansManager:
+        """Raises OSError, ValueError naming the file, if there are no such plans, or they cannot be used."""
         file = self.preprocessed / f"{plans_name}.json"
         if not file.is_file():
-            there = ", ".join(sorted(p.stem for p in self.preprocessed.glob("*Plans*.json")))
+            there = ", ".join(self.plans_names())
             raise FileNotFoundError(
                 f"{file} is missing. {f'Choose other plans with -p: {there}' if there else 'Plan first'}, or run "
-                f"nnUNetv2_plan_and_preprocess -d {self.name}"
+                f"nnUNetv2_plan_and_preprocess -d {self.number}"
             )
-        return PlansManager(str(file))
+        cure = f"Make the plans anew: nnUNetv2_plan_experiment -d {self.number}"
+        return PlansManager(read_json(file, _PLANS_KEYS, cure))
 
     def labeled_cases(self) -> list[str]:
         """All cases with labels, by the ground truth that nnU-Net keeps beside the preprocessed data or by labelsTr."""
+        listed = sorted(self.json.get("dataset", {}))
         for folder in (self.preprocessed / "gt_segmentations", self.raw / "labelsTr"):
-            cases = [p.name[: -len(self.file_ending)] for p in folder.glob("*" + self.file_ending)]
+            if folder.name == "labelsTr" and listed:
+                break
+            files = visible_files(folder) if folder.is_dir() else []
+            cases = [p.name[: -len(self.file_ending)] for p in files if p.name.endswith(self.file_ending)]
             if cases:
                 return sorted(cases)
-        return sorted(self.json.get("dataset", {}))
+        return listed
+
+    @cached_property
+    def labeled_files(self) -> dict[str, tuple[list[Path], Path]]:
+        """{case: (its channel files in order, its label map)}, as nnU-Net lists them for planning and preprocessing.
+
+        Of ``imagesTr`` and ``labelsTr``, or where the key ``dataset`` of dataset.json says. Nobody has looked whether
+        the files are there, and all channels.
+
+        Raises:
+            FileNotFoundError: if there is no ``imagesTr``.
+            ValueError: naming the case that dataset.json does not list as nnU-Net wants it.
+        """
+        folder = self.raw / "imagesTr"
+        description = deepcopy(self.json)
+        listed = description.get("dataset")
+        if listed is not None:
+            for case, entry in listed.items():
+                if not isinstance(entry, dict) or not {"images", "label"} <= set(entry):
+                    raise ValueError(f"{self.json_file}: 'dataset' has no images and label of case {case}. Add them")
+        elif not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing. Put the labeled images there")
+        found = get_filenames_of_train_images_and_targets(str(self.raw), description)
+        cases = {
+            str(case): ([Path(file) for file in files["images"]], Path(files["label"]))
+            for case, files in found.items()
+            if listed is not None or not case.startswith(".")
+        }
+        if listed is None:
+            # nnU-Net does not see links whose target is gone.
+            for file in visible_files(folder):
+                if not file.exists() and file.name.endswith(self.file_ending):
+                    case = file.name[: -len(self.file_ending)].rpartition("_")[0]
+                    images, _ = cases.setdefault(case, ([], self.raw / "labelsTr" / f"{case}{self.file_ending}"))
+                    images.append(file)
+                    images.sort()
+        return dict(sorted(cases.items()))
+
+    def check_channels(self, case: str, files: list[Path], folder: Path) -> None:
+        """Raises CaseError if these are not a case's channels 0000, 0001, ... as many as the dataset has."""
+        # One file may hold all channels, as RGB images do.
+        expected = [f"{case}_{i:04d}{self.file_ending}" for i in range(self.num_channels)]
+        if [p.name for p in files] not in (expected, expected[:1]):
+            raise CaseError(
+                f"Case {case} in {folder} has the channels {', '.join(p.name for p in files)}, but the dataset "
+                f"has {self.num_channels}: {', '.join(expected)}"
+            )
 
     def images(self, folder: str) -> dict[str, list[Path]]:
         """{case: its channel files in order} of ``imagesTr`` or ``imagesUn``.
@@ -100,7 +223,7 @@ class Dataset:
             raise FileNotFoundError(
                 f"{path} is missing. Put the unlabeled images there, named CASE_0000{self.file_ending}"
             )
-        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        files = visible_files(path)
         wrong = [p for p in files if not p.name.endswith(self.file_ending)]
         if wrong:
             raise CaseError(
@@ -119,13 +242,7 @@ class Dataset:
                 f"{path} holds no images. Put the unlabeled ones there, named CASE_0000{self.file_ending}"
             )
         for case, channels in cases.items():
-            # One file may hold all channels, as RGB images do.
-            expected = [f"{case}_{i:04d}{self.file_ending}" for i in range(self.num_channels)]
-            if [p.name for p in channels] not in (expected, expected[:1]):
-                raise CaseError(
-                    f"Case {case} in {path} has the channels {', '.join(p.name for p in channels)}, but the dataset "
-                    f"has {self.num_channels}: {', '.join(expected)}"
-                )
+            self.check_channels(case, channels, path)
         return cases
 
     def orientation(self, case_files: list[Path]) -> str | None:
@@ -142,8 +259,9 @@ class Dataset:
     def fingerprint(self) -> dict:
         file = self.preprocessed / "dataset_fingerprint.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing. Run nnUNetv2_extract_fingerprint -d {self.name}")
-        return load_json(str(file))
+            raise FileNotFoundError(f"{file} is missing. Run nnUNetv2_extract_fingerprint -d {self.number}")
+        cure = f"Make it anew: nnUNetv2_extract_fingerprint -d {self.number} --clean"
+        return read_json(file, ("spacings",), cure)
 
     def spacing_warning(self, spacing) -> str | None:
         """What is unusual about a spacing in mm (array axis order), against the labeled cases."""
@@ -156,6 +274,30 @@ class Dataset:
         return f"spacing {shown} mm is far from the labeled cases' {usual} mm. Check the header, or leave the case out"
 
 
+def check_there(file: Path) -> None:
+    """Raises CaseError naming the file, if it is gone, or what it links to."""
+    file = Path(file)
+    if file.is_symlink() and not file.exists():
+        raise CaseError(
+            f"{file} cannot be read: it links to {os.readlink(file)}, which is gone. Mount its disk, or remove the link"
+        )
+    if not file.exists():
+        raise CaseError(f"{file} is missing. Put it there, or remove its case")
+
+
+# What the commands read of plans.
+_PLANS_KEYS = ("configurations", "image_reader_writer", "transpose_forward")
+
+
+def _is_plans(file: Path) -> bool:
+    try:
+        content = read_json(file)
+    except ValueError:
+        # Damaged; whoever reads it is told.
+        return "Plans" in file.stem
+    return isinstance(content, dict) and "configurations" in content
+
+
 def read_images(files: list[Path], plans: PlansManager, num_channels: int) -> tuple[np.ndarray, dict]:
     """The case's (C, Z, Y, X) images and properties, read as nnU-Net reads them and checked.
 
@@ -163,6 +305,8 @@ def read_images(files: list[Path], plans: PlansManager, num_channels: int) -> tu
         CaseError: naming the file, if it is damaged, 4D, or has voxels that are no numbers.
     """
     printed = io.StringIO()
+    for file in files:
+        check_there(file)
     try:
         for file in files:
             check_nifti(file)

@@ -39,8 +39,60 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(file: Path):
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+def read_text(file: Path, encoding: str = "utf-8") -> str:
+    """Raises OSError, or ValueError if it is not UTF-8, naming the file."""
+    try:
+        return Path(file).read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text (byte {error.start}: {error.reason}). Save it as UTF-8, or copy it again if it "
+            "is damaged"
+        ) from None
+
+
+def read_json(file: Path, keys: Iterable[str] = (), cure: str = "Restore it, or make it again"):
+    """The content of a JSON file.
+
+    Args:
+        keys: If there are any, the file has to hold an object with these.
+        cure: What to do if it does not.
+
+    Raises:
+        OSError, ValueError: naming the file, and the key that is missing.
+    """
+    try:
+        content = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is cut off, or no valid JSON ({error}). {cure}") from None
+    keys = list(keys)
+    if keys and not isinstance(content, dict):
+        raise ValueError(f"{file} has no keys, but has to be a JSON object with {', '.join(keys)}. {cure}")
+    for key in keys:
+        if key not in content:
+            raise ValueError(f"{file} has no key '{key}'. {cure}")
+    return content
+
+
+def read_table(file: Path, columns: Iterable[str] = (), cure: str = "Restore it, or make it again") -> list[dict]:
+    """The rows of a CSV file with a header.
+
+    Args:
+        columns: That it has to have.
+        cure: What to do if it does not.
+
+    Raises:
+        OSError, ValueError: naming the file, and the column that is missing.
+    """
+    # Spreadsheets put a mark in front of UTF-8.
+    reader = csv.DictReader(io.StringIO(read_text(file, "utf-8-sig"), newline=""))
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}, is no table ({error}). {cure}") from None
+    for column in columns:
+        if column not in (reader.fieldnames or ()):
+            raise ValueError(f"{file} has no column '{column}'. {cure}")
+    return rows
 
 
 def write_json(file: Path, content) -> None:
@@ -51,6 +103,14 @@ def write_csv(file: Path, header: list[str], rows: Iterable) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(file, text.getvalue())
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files of a folder, sorted, without hidden ones (macOS leaves ``._CASE`` beside CASE).
+
+    A link whose target is gone is one of them: whoever reads it says so.
+    """
+    return sorted(p for p in Path(folder).iterdir() if not p.is_dir() and not p.name.startswith("."))
 
 
 def link(source: Path, target: Path) -> None:

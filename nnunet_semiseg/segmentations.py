@@ -13,8 +13,8 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_semiseg.datasets import CaseError, check_nifti
-from nnunet_semiseg.files import read_json, whole
+from nnunet_semiseg.datasets import CaseError, check_nifti, check_there, read_dataset_json
+from nnunet_semiseg.files import visible_files, whole
 
 # Longest first: .nii.gz ends in .gz.
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".tiff", ".tif", ".png", ".bmp")
@@ -44,10 +44,15 @@ class Classes:
     @classmethod
     def from_dataset_json(cls, dataset_json: dict) -> Classes:
         """Raises ValueError if the labels in dataset.json are not what nnU-Net asks for."""
-        labels = dataset_json["labels"]
         try:
+            # Some programs write numbers as text.
+            labels = {
+                name: [int(v) for v in value] if isinstance(value, (list, tuple)) else int(value)
+                for name, value in dataset_json["labels"].items()
+            }
             manager = LabelManager(labels, dataset_json.get("regions_class_order"))
             foreground = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+            order = tuple(map(int, manager.regions_class_order)) if manager.has_regions else None
         except Exception as error:
             raise ValueError(f"The labels in dataset.json cannot be used: {error or type(error).__name__}") from None
         values = tuple(tuple(v) if isinstance(v, (tuple, list)) else (int(v),) for v in foreground)
@@ -57,7 +62,7 @@ class Classes:
             names=tuple(by_values[value] for value in values),
             values=values,
             ignore=manager.ignore_label,
-            region_order=tuple(manager.regions_class_order) if manager.has_regions else None,
+            region_order=order,
             known=frozenset(known),
         )
 
@@ -66,16 +71,45 @@ class Classes:
         """Of a dataset.json.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file.
+            OSError, ValueError: naming the file, what is wrong and the cure.
         """
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{file} is missing")
+        content = read_dataset_json(file)
         try:
-            return cls.from_dataset_json(read_json(file))
+            return cls.from_dataset_json(content)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{file} has no labels {{name: value}}, so it is no dataset.json of nnU-Net") from None
+
+    def check_order(self, file: Path | str = "dataset.json") -> None:
+        """Raises ValueError naming ``file``, if a map of labels has others once it is painted from their regions.
+
+        The last painted region that contains a label has to be written as that label.
+        """
+        if self.region_order is None:
+            return
+        unknown = [value for value in self.region_order if value not in self.known - {0, self.ignore}]
+        if unknown:
+            raise ValueError(
+                f"{file}: regions_class_order {list(self.region_order)} has {unknown[0]}, which no region contains"
+            )
+        written: dict[int, list[int]] = {row: [] for row in range(len(self.values))}
+        wrong = []
+        for label in sorted(self.known - {0, self.ignore}):
+            row = max(row for row, values in enumerate(self.values) if label in values)
+            written[row].append(label)
+            if self.region_order[row] != label:
+                wrong.append(f"label {label} becomes {self.region_order[row]}")
+        if not wrong:
+            return
+        order = list(self.region_order)
+        problem = f"{file}: regions_class_order {order} does not give the labels back: {', '.join(wrong)}. "
+        mixed = next((row for row, labels in written.items() if len(labels) > 1), None)
+        if mixed is None:
+            right = [labels[0] if labels else self.region_order[row] for row, labels in written.items()]
+            raise ValueError(f"{problem}For these regions it has to be {right} (docs/data.md)")
+        raise ValueError(
+            f"{problem}{self.names[mixed]} is the last region of labels {', '.join(map(str, written[mixed]))}. List "
+            "each region after those that contain it, and give each label one of its own (docs/data.md)"
+        )
 
     @classmethod
     def from_labels(cls, labels) -> Classes:
@@ -113,10 +147,10 @@ def find_files(folder: Path, ending: str | None = None, more: tuple[str, ...] = 
         raise FileNotFoundError(f"There is no folder {folder}")
     endings = (ending,) if ending else (*more, *FILE_ENDINGS)
     found: dict[str, dict[str, Path]] = {}
-    for file in sorted(folder.iterdir()):
+    for file in visible_files(folder):
         name = file.name.lower() if more else file.name
         own = next((e for e in endings if name.endswith(e)), None)
-        if own and file.is_file() and not file.name.startswith("."):
+        if own:
             found.setdefault(own, {})[file.name[: -len(own)]] = file
     if not found:
         raise FileNotFoundError(f"{folder} has no files that end in {' or '.join(endings)}")
@@ -144,8 +178,12 @@ def patients_of(cases: Iterable[str], pattern: str) -> list[str]:
 
 
 def version(path: Path) -> list[tuple[str, int, int]]:
-    """Path, size in bytes and time of change in ns of a file, or of all files in a folder: what tells a new one."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    """Path, size in bytes and time of change in ns of a file, or of all files in a folder: what tells a new one.
+
+    A file that is gone has no version; it is for its reader to say so.
+    """
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
@@ -155,6 +193,7 @@ def read_image(file: Path) -> sitk.Image:
     Raises:
         CaseError: naming the file, if it is missing, damaged, or has voxels that are NaN or infinite.
     """
+    check_there(file)
     try:
         check_nifti(Path(file))
         return sitk.ReadImage(str(file))

@@ -71,10 +71,17 @@ class Manifest:
         """Raises FileNotFoundError or ValueError, naming the file, if there is none or it is damaged."""
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing. Give the folder that pseudo_label rounds has as -o")
+        cure = "Restore it, or choose another -o"
+        content = read_json(file, ("arguments", "rounds", "stopped"), cure)
         try:
-            return cls(file, **read_json(file))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}). Restore it, or choose another -o") from None
+            manifest = cls(file, **content)
+            lacking = [name for name in MAY_CHANGE if name not in manifest.arguments]
+            lacking += [key for of in manifest.rounds for key in ("dataset", "steps") if key not in of]
+        except TypeError as error:
+            raise ValueError(f"{file} is damaged ({error}). {cure}") from None
+        if lacking:
+            raise ValueError(f"{file} is damaged (it has no {lacking[0]}). {cure}")
+        return manifest
 
     def write(self) -> None:
         write_json(self.file, {key: value for key, value in vars(self).items() if key != "file"})

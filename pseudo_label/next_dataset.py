@@ -11,12 +11,11 @@ from pathlib import Path
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_semiseg.data.preprocessing import SUFFIXES, preprocess_cases
 from nnunet_semiseg.data.unlabeled import store_folder
-from nnunet_semiseg.datasets import CaseError, Dataset
-from nnunet_semiseg.files import link, read_json, write_json
+from nnunet_semiseg.datasets import CaseError, Dataset, check_there
+from nnunet_semiseg.files import link, read_json, visible_files, write_json
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
         FileNotFoundError, ValueError, CaseError: naming what is missing, a case that is labeled and unlabeled, or folds
             that hide different labels.
     """
-    if "dataset" in dataset.json:
-        listed = get_filenames_of_train_images_and_targets(str(dataset.raw), dataset.json)
-        labeled = {case: ([Path(f) for f in files["images"]], Path(files["label"])) for case, files in listed.items()}
-    else:
-        labels = dataset.raw / "labelsTr"
-        labeled = {c: (f, labels / f"{c}{dataset.file_ending}") for c, f in dataset.images("imagesTr").items()}
+    labeled = dataset.labeled_files
+    for case, (files, label) in labeled.items():
+        if "dataset" not in dataset.json:
+            dataset.check_channels(case, files, dataset.raw / "imagesTr")
+        for file in (*files, label):
+            check_there(file)
     splits_file = dataset.preprocessed / "splits_final.json"
     if splits_file.is_file():
         splits = read_json(splits_file)
@@ -76,11 +75,14 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
         raise CaseError(f"{splits_file} names {unknown[0]}, which is not in {dataset.raw / 'imagesTr'}")
     unlabeled = {case: labeled[case][0] for case in hidden[0]}
     folder = dataset.raw / "imagesUn"
-    if not unlabeled or (folder.is_dir() and any(folder.iterdir())):
+    if not unlabeled or (folder.is_dir() and visible_files(folder)):
         more = dataset.images("imagesUn")
         both = sorted(set(more) & set(labeled))
         if both:
             raise CaseError(f"Case {both[0]} is in imagesUn and also labeled. Remove or rename it in imagesUn")
+        for file in (file for files in more.values() for file in files):
+            # nnU-Net's prediction does not see a link whose target is gone.
+            check_there(file)
         unlabeled.update(more)
     return Cases(
         labeled={case: files for case, files in labeled.items() if case not in hidden[0]},
@@ -231,7 +233,7 @@ class NextDataset:
         plans["configurations"][self.configuration_name].pop("next_stage", None)
         write_json(folder / f"{self.plans_name}.json", {**plans, "dataset_name": self.name})
         write_json(folder / "splits_final.json", self._splits())
-        for file in sorted((dataset.raw / "labelsTr").iterdir()):
+        for file in visible_files(dataset.raw / "labelsTr"):
             link(file, folder / "gt_segmentations" / file.name)
 
         data = dataset.plans(self.plans_name).get_configuration(self.configuration_name).data_identifier

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nnunet_semiseg.files import read_json, write_json, write_text
+from nnunet_semiseg.files import read_json, read_table, write_json, write_text
 from nnunet_semiseg.segmentations import find_files
 from nnunet_semiseg.trainers.options import build_options
 from nnunet_semiseg.trainers.registry import find_trainer
@@ -93,11 +92,8 @@ def _decisions(file: Path) -> dict[str, dict]:
     """{case: accepted and reasons} of selection.csv; empty while nothing is selected."""
     if not file.is_file():
         return {}
-    with open(file, encoding="utf-8", newline="") as stream:
-        return {
-            row["case"]: {"accepted": row["accepted"] == "yes", "reasons": row["reasons"]}
-            for row in csv.DictReader(stream)
-        }
+    rows = read_table(file, ("case", "accepted", "reasons"), "Remove it, and run pseudo_label rounds or select again")
+    return {row["case"]: {"accepted": row["accepted"] == "yes", "reasons": row["reasons"]} for row in rows}
 
 
 def _commands(folder: Path, of: dict) -> list[dict]:

@@ -17,7 +17,7 @@ from nnunet_semiseg.datasets import CaseError, Dataset
 from nnunet_semiseg.files import link, read_json
 from nnunet_semiseg.parallel import over_cases
 from nnunet_semiseg.segmentations import Classes, read_labels
-from nnunet_semiseg.trainers.options import OptionError
+from nnunet_semiseg.trainers.options import MAX_NAME, OptionError, check_folder_name
 from nnunet_semiseg.trainers.registry import find_trainer
 from pseudo_label.executors import Failure, Job, end_of, lock
 from pseudo_label.manifest import Manifest
@@ -143,7 +143,8 @@ class Rounds:
         if parts < 1:
             raise ValueError(f"parts is {parts}. Use 1 or more")
         self.first = Dataset(s.dataset)
-        self.classes = Classes.from_dataset_json(self.first.json)
+        self.classes = Classes.from_file(self.first.json_file)
+        self.classes.check_order(self.first.json_file)
         s.rules.check(self.classes.names)
         plans = self.first.plans(s.plans)
         if s.configuration not in plans.available_configurations:
@@ -154,6 +155,13 @@ class Rounds:
             raise ValueError(
                 f"{s.configuration} is the second stage of a cascade. Use the members' first stage for rounds"
             )
+        for member in self.members:
+            second = getattr(find_trainer(member.trainer), "SECOND_FOLDER", "")
+            check_folder_name(member.trainer + second, s.plans, s.configuration)
+            # Of the files in the work folder, the lock beside the log of a prediction has the longest name.
+            excess = len(f".predict_{member.name}_part{parts - 1}.log.lock".encode()) - MAX_NAME
+            if excess > 0:
+                raise ValueError(f"The name of member {member.name} is {excess} characters too long. Set fewer options")
         if plans.plans["image_reader_writer"] == "Tiff3DIO":
             raise ValueError(
                 "3D TIFF files keep their spacing in files of their own, which rounds do not hand on. Convert the "

@@ -231,6 +231,7 @@ def score_members(
     files = find_cases(members)
     probabilities = _find_probabilities(members, files, consensus)
     consensus = consensus or ("majority" if probabilities is None else "mean")
+    classes.check_order()
     for name, values in zip(classes.names, classes.values):
         if 0 in values:
             raise ValueError(f"The region {name} contains the background (0). Agreement on background is no score")
@@ -355,11 +356,11 @@ def _check_out(out: Path, settings: dict, overwrite: bool) -> None:
         if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise ValueError(f"{out} has other files and no score.json. Choose a new or empty folder for -o")
         return
-    before = read_json(file)
+    before = settings if overwrite else read_json(file, settings, "Use --overwrite to score it anew, or another -o")
     for key, value in settings.items():
-        if not overwrite and before.get(key) != value:
+        if before[key] != value:
             raise ValueError(
-                f"{out} was scored with {key} {_shown(before.get(key))}, not {_shown(value)}. Use --overwrite to score "
+                f"{out} was scored with {key} {_shown(before[key])}, not {_shown(value)}. Use --overwrite to score "
                 "it anew, or another -o"
             )
 
@@ -481,6 +482,7 @@ def read_scores(out: Path) -> dict[str, CaseScore]:
 
     Raises:
         FileNotFoundError: if the folder is not scored, or not all of its cases.
+        ValueError: naming the file that is damaged.
     """
     if not (Path(out) / "score.json").is_file():
         raise FileNotFoundError(f"{out} has no score.json. Score members into it: pseudo_label score -i ... -o {out}")
@@ -495,10 +497,14 @@ def read_scores(out: Path) -> dict[str, CaseScore]:
 def _read_cases(out: Path) -> dict[str, CaseScore]:
     scores = {}
     for file in sorted((out / "cases").glob("[!.]*.json"), key=lambda file: file.stem):
-        content = read_json(file)
+        again = "Remove it, and run the same pseudo_label score again"
+        content = read_json(file, ("members", *(field.name for field in fields(CaseScore))), again)
         del content["members"]
-        content["classes"] = {name: ClassScore(**values) for name, values in content["classes"].items()}
-        scores[content["case"]] = CaseScore(**content)
+        try:
+            content["classes"] = {name: ClassScore(**values) for name, values in content["classes"].items()}
+            scores[content["case"]] = CaseScore(**content)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"{file} has not what pseudo_label score writes ({error}). {again}") from None
     return scores
 
 

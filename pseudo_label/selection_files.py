@@ -26,7 +26,7 @@ def scored_classes(scored: Path) -> Classes:
         raise FileNotFoundError(
             f"{scored} has no score.json. Score members into it: pseudo_label score -i ... -o {scored}"
         )
-    settings = read_json(file)
+    settings = read_json(file, ("classes", "regions_class_order", "ignore"), "Score again with --overwrite")
     values = tuple(map(tuple, settings["classes"].values()))
     order, ignore = settings["regions_class_order"], settings["ignore"]
     known = {0, *np.concatenate(values).tolist(), *(order or ()), *(() if ignore is None else (ignore,))}

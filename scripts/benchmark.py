@@ -9,7 +9,6 @@ Exit code: 0 everything is done, 1 a run failed, 2 it cannot start, 3 stopped by
 from __future__ import annotations
 
 import argparse
-import csv
 import fcntl
 import json
 import os
@@ -34,8 +33,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
-from nnunet_semiseg.datasets import Dataset, dataset_name
-from nnunet_semiseg.files import read_json, whole, write_csv, write_json, write_text
+from nnunet_semiseg.datasets import Dataset, check_variables, dataset_name
+from nnunet_semiseg.files import read_json, read_table, whole, write_csv, write_json, write_text
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.networks.second import second_plans
 from nnunet_semiseg.trainers.options import OptionError
@@ -48,6 +47,7 @@ PREFIX = "nnUNetTrainer"
 # Methods whose teacher, if there is one, makes no labels.
 LABELED_BY_STUDENT = (VANILLA, "CoraNet")
 RECORD, SNAPSHOTS, QUALITY = "benchmark.json", "snapshots", "pseudo_label_quality.csv"
+QUALITY_COLUMNS = ["epoch", "network", "class", "dice"]
 # Checkpoints of a run whose pseudo labels are scored.
 NUM_SNAPSHOTS = 20
 GPU_MINUTES = 9.0
@@ -126,10 +126,7 @@ def read_settings(file: Path) -> Settings:
     """
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}. docs/benchmark.md shows what to write into it")
-    try:
-        content = read_json(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    content = read_json(file, cure="docs/benchmark.md shows what to write into it")
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object. docs/benchmark.md shows what to write into it")
     for key, value in content.items():
@@ -203,7 +200,7 @@ def make_folds(
 
 def read_if_whole(file: Path) -> dict | None:
     """The content, or None if the file is missing or cut off."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
+    with suppress(FileNotFoundError, ValueError):
         return read_json(file)
     return None
 
@@ -272,8 +269,9 @@ class Run:
         """On CUDA what the trainer logs, on the CPU the resident memory of the training process."""
         if self.record.get("device") != "cuda":
             return self.record.get("peak_rss_gib")
-        with suppress(FileNotFoundError), open(self.fold / "progress_semiseg.csv", encoding="utf-8") as stream:
-            values = [float(row["peak_memory_gib"]) for row in csv.DictReader(stream) if row.get("peak_memory_gib")]
+        with suppress(FileNotFoundError):
+            rows = read_table(self.fold / "progress_semiseg.csv")
+            values = [float(row["peak_memory_gib"]) for row in rows if row.get("peak_memory_gib")]
             return max(values, default=None)
         return None
 
@@ -299,8 +297,7 @@ class Benchmark:
         self.splits_file = self.dataset.preprocessed / "splits_final.json"
         self.lock_file = self.dataset.preprocessed / "benchmark.lock"
         self.child_lock = self.dataset.preprocessed / "benchmark_training.lock"
-        if not nnUNet_results.is_set():
-            raise ValueError("The variable nnUNet_results is not set. Set it to a folder of your choice")
+        check_variables(nnUNet_results)
         self.plans = self.dataset.plans(s.plans)
         self.cases, stored = self._preprocessed_cases()
         self.folds = make_folds(self.cases, self._validation(), s.budgets, s.split_seed, s.all_labels, bool(stored))
@@ -315,7 +312,7 @@ class Benchmark:
             raise ValueError(f"{s.plans} has no configuration {s.configuration}. It has {', '.join(known)}")
         configuration = self.plans.get_configuration(s.configuration)
         folder = self.dataset.preprocessed / configuration.data_identifier
-        cure = f"nnUNetv2_preprocess -d {name} -plans_name {s.plans} -c {s.configuration}"
+        cure = f"nnUNetv2_preprocess -d {self.dataset.number} -plans_name {s.plans} -c {s.configuration}"
         there = sorted(infer_dataset_class(str(folder)).get_identifiers(str(folder))) if folder.is_dir() else []
         missing = sorted(set(self.dataset.labeled_cases()) - set(there))
         if missing or not there:
@@ -763,7 +760,7 @@ def score(fold: Path, benchmark: Benchmark) -> None:
             if epoch not in {row[0] for row in rows}:
                 for name, weights, plans in scorer.networks(checkpoints.read(file)):
                     rows += [(epoch, name, *pair) for pair in scorer.dice(weights, plans).items()]
-                write_csv(fold / QUALITY, ["epoch", "network", "class", "dice"], rows)
+                write_csv(fold / QUALITY, QUALITY_COLUMNS, rows)
             if file != final:
                 file.unlink()
     shutil.rmtree(fold / SNAPSHOTS, ignore_errors=True)
@@ -777,8 +774,8 @@ def read_quality(fold: Path) -> list[tuple[int, str, str, float]]:
     """Epoch, network, class and Dice."""
     if not (fold / QUALITY).is_file():
         return []
-    with open(fold / QUALITY, encoding="utf-8") as stream:
-        return [(int(e), network, name, float(dice)) for e, network, name, dice in list(csv.reader(stream))[1:]]
+    rows = read_table(fold / QUALITY, QUALITY_COLUMNS, "Remove it")
+    return [(int(row["epoch"]), row["network"], row["class"], float(row["dice"])) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------- the report

@@ -119,10 +119,7 @@ def prepared(work):
             name = f"Dataset{number}_{kind}"
             write_raw_dataset(work / "raw" / name, labels, order)
             extract_fingerprint_dataset(number, num_processes=1, show_progress_bar=False, verbose=False)
-            # nnU-Net's planner takes this number for a number of threads, and 0 is none.
-            os.environ["nnUNet_n_proc_DA"] = "1"
             assert cli.main(["plan_cpu", "-d", str(number), "-features", "4", "-memory", "0.01"]) == 0
-            os.environ["nnUNet_n_proc_DA"] = "0"
             preprocess_dataset(number, "nnUNetPlans_cpu", ("2d", "3d_fullres"), (1, 1), show_progress_bar=False)
             assert cli.main(["preprocess", "-d", str(number), "-p", "nnUNetPlans_cpu", "-np", "1"]) == 0
             split = [{"train": ["lab_00", "lab_01", "lab_02"], "val": ["lab_05"], "unlabeled": ["lab_03", "lab_04"]}]

@@ -192,7 +192,7 @@ def test_crafted_checkpoint_runs_no_code(trained, tmp_path, monkeypatch, capsys,
 
 def test_doctor_finds_everything_in_order(prepared, capsys):
     prepared("labels")
-    assert cli.main(["doctor", "-d", "801"]) == 0
+    assert cli.main(["doctor", "-d", "801", "--trainers"]) == 0
     printed = capsys.readouterr().out
     for expected in (
         "nnunetv2 2.8",
@@ -206,6 +206,153 @@ def test_doctor_finds_everything_in_order(prepared, capsys):
         "No problems.",
     ):
         assert expected in printed, printed
+
+
+def test_doctor_prints_the_dataset_first_and_trainers_in_one_line(prepared, capsys):
+    prepared("labels")
+    capsys.readouterr()
+    assert cli.main(["doctor", "-d", "801"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Dataset Dataset801_labels\n")
+    trainers = printed[printed.index("\nTrainers\n") :].splitlines()[2:]
+    assert len(trainers) == 2 and f"nnU-Net finds {len(trainer_classes())} of {len(trainer_classes())}" in trainers[0]
+
+
+@pytest.fixture
+def own(prepared, work, tmp_path, monkeypatch):
+    """Raw and preprocessed folders of a planned dataset that a test may change."""
+    name = prepared("labels")
+    for kind in ("raw", "preprocessed"):
+        shutil.copytree(work / kind / name, tmp_path / kind / name)
+        monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
+    return tmp_path / "raw" / name, tmp_path / "preprocessed" / name
+
+
+def doctor(capsys, *arguments):
+    capsys.readouterr()
+    code = cli.main(["doctor", "-d", "801", *arguments])
+    return code, capsys.readouterr().out
+
+
+def leak(raw, labeled="lab_01"):
+    """A labeled scan among the unlabeled ones, under another name."""
+    shutil.copy(raw / "imagesTr" / f"{labeled}_0000.nii.gz", raw / "imagesUn" / "scan_0000.nii.gz")
+
+
+def files_elsewhere(raw, preprocessed):
+    """dataset.json says where the labeled cases are."""
+    (raw / "imagesTr").rename(raw / "scans")
+    (raw / "labelsTr").rename(raw / "masks")
+    content = json.loads((raw / "dataset.json").read_text())
+    content["dataset"] = {
+        f"lab_{i:02d}": {"images": [f"scans/lab_{i:02d}_0000.nii.gz"], "label": f"masks/lab_{i:02d}.nii.gz"}
+        for i in range(6)
+    }
+    for folder in (raw, preprocessed):
+        (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def test_doctor_finds_a_leak_where_dataset_json_lists_the_files(own, capsys):
+    raw, preprocessed = own
+    leak(raw)
+    files_elsewhere(raw, preprocessed)
+    code, printed = doctor(capsys)
+    assert code == 1 and "imagesUn/scan has the same voxels as imagesTr/lab_01" in printed
+    (raw / "scans" / "lab_03_0000.nii.gz").unlink()
+    code, printed = doctor(capsys)
+    assert "lab_03_0000.nii.gz is missing" in printed and "imagesUn/scan has the same voxels" in printed
+    assert "Not checked: the images of 1 case(s)." in printed
+
+
+def test_preprocess_compares_orientation_where_dataset_json_lists_the_files(own, capfd):
+    raw, preprocessed = own
+    files_elsewhere(raw, preprocessed)
+    image = sitk.GetImageFromArray(make_case(5)[0])
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(raw / "imagesUn" / "odd_0000.nii.gz"))
+    command = ["preprocess", "-d", "801", "-p", "nnUNetPlans_cpu", "-c", "2d", "-np", "1"]
+    assert cli.main(command) == 0
+    assert "odd: orientation RAS, the labeled cases are LPS" in capfd.readouterr().err
+    shutil.rmtree(raw / "scans")
+    (raw / "imagesUn" / "odd_0000.nii.gz").rename(raw / "imagesUn" / "even_0000.nii.gz")
+    assert cli.main(command) == 0
+    error = capfd.readouterr().err
+    assert "orientations are not compared with the labeled cases'" in error and "lab_00_0000.nii.gz is missing" in error
+
+
+def test_doctor_finds_a_leak_beside_an_extra_channel(own, capsys):
+    raw, _ = own
+    leak(raw)
+    shutil.copy(raw / "imagesTr" / "lab_01_0000.nii.gz", raw / "imagesTr" / "lab_01_0001.nii.gz")
+    code, printed = doctor(capsys)
+    assert code == 1
+    assert "lab_01 in" in printed and "has the channels lab_01_0000.nii.gz, lab_01_0001.nii.gz" in printed
+    assert "imagesUn/scan has the same voxels as imagesTr/lab_01" in printed
+    assert "2 problem(s)." in printed
+
+
+def test_doctor_says_what_it_could_not_check(own, capsys):
+    raw, preprocessed = own
+    shutil.rmtree(raw / "imagesTr")
+    code, printed = doctor(capsys)
+    assert code == 1 and "imagesTr is missing" in printed
+    assert "1 problem(s). Not checked: labeled scans among the unlabeled ones, spacing, orientation" in printed
+    (preprocessed / "dataset_fingerprint.json").write_text('{"spac')
+    code, printed = doctor(capsys)
+    assert "dataset_fingerprint.json is cut off" in printed and "; spacing." in printed
+    (preprocessed / "nnUNetPlans_cpu.json").unlink()
+    code, printed = doctor(capsys)
+    assert "the dataset is not planned" in printed and "nnUNetv2_plan_and_preprocess -d 801" in printed
+
+
+def test_doctor_names_hidden_files_and_links_whose_target_is_gone(own, capsys):
+    raw, _ = own
+    (raw / "imagesTr" / "._lab_00_0000.nii.gz").write_bytes(b"macOS")
+    (raw / "labelsTr" / "._lab_00.nii.gz").write_bytes(b"macOS")
+    (raw / "imagesUn" / "._unl_00_0000.nii.gz").write_bytes(b"macOS")
+    for folder in ("imagesTr", "imagesUn"):
+        (raw / folder / "far_0000.nii.gz").symlink_to("/not/mounted/far.nii.gz")
+    code, printed = doctor(capsys)
+    assert code == 1 and "nnU-Net takes the hidden file" in printed
+    assert printed.count("far_0000.nii.gz cannot be read: it links to /not/mounted/far.nii.gz") == 2
+    assert printed.count("._") == 1 and "6 labeled cases" in printed
+
+
+def test_preprocess_fails_on_a_link_whose_target_is_gone(own, capfd):
+    raw, preprocessed = own
+    (raw / "imagesUn" / "far_0000.nii.gz").symlink_to("/not/mounted/far.nii.gz")
+    (raw / "imagesUn" / "._unl_00_0000.nii.gz").write_bytes(b"macOS")
+    (preprocessed / "nnUNetPlans_cpu_2d_unlabeled" / "unl_01.pkl").unlink()
+    assert cli.main(["preprocess", "-d", "801", "-p", "nnUNetPlans_cpu", "-c", "2d", "-np", "1"]) == 1
+    error = capfd.readouterr().err
+    assert "far_0000.nii.gz cannot be read: it links to /not/mounted/far.nii.gz, which is gone" in error
+    assert (preprocessed / "nnUNetPlans_cpu_2d_unlabeled" / "unl_01.pkl").is_file()
+
+
+def test_plans_of_any_name_are_plans(own, capsys):
+    _, preprocessed = own
+    (preprocessed / "nnUNetPlans_cpu.json").rename(preprocessed / "tiny.json")
+    for arguments in ((), ("-p", "tiny")):
+        code, printed = doctor(capsys, *arguments)
+        assert code == 0 and "tiny 2d: 4 unlabeled cases preprocessed" in printed, printed
+    assert cli.main(["preprocess", "-d", "801", "-p", "tinny"]) == 1
+    assert "Choose other plans with -p: tiny," in capsys.readouterr().err
+
+
+def test_doctor_reports_an_order_of_regions_that_swaps_labels(own, capsys):
+    raw, preprocessed = own
+    content = json.loads((raw / "dataset.json").read_text())
+    content |= {"labels": {"background": 0, "whole": [1, 2], "core": 1}, "regions_class_order": [1, 2]}
+    (preprocessed / "dataset.json").write_text(json.dumps(content))
+    code, printed = doctor(capsys)
+    assert code == 1 and "label 1 becomes 2, label 2 becomes 1. For these regions it has to be [2, 1]" in printed
+
+
+def test_doctor_says_that_a_variable_has_quotation_marks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_raw", f'"{tmp_path}"')
+    code, printed = doctor(capsys)
+    assert code == 1
+    assert printed.count("with the quotation marks") == 2 and "et it without them" in printed
 
 
 def test_doctor_wants_no_unlabeled_images_where_labels_are_hidden(prepared, work, capsys, tmp_path):

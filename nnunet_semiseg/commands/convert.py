@@ -21,6 +21,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 import dataset_conversion
 from dataset_conversion.common import SUFFIXES, Case, Download, Source, convert_case
 from nnunet_semiseg import __version__
+from nnunet_semiseg.datasets import check_variables
 from nnunet_semiseg.files import read_json, write_csv, write_json
 from nnunet_semiseg.parallel import add_processes_argument, over_cases
 from nnunet_semiseg.segmentations import version
@@ -143,9 +144,7 @@ def _forget_changed(work: Path, settings: dict, cases: dict[str, Case], parts: d
 
 
 def _new_name(name_or_id: str, source: str) -> str:
-    for variable in (nnUNet_raw, nnUNet_preprocessed):
-        if not variable.is_set():
-            raise ValueError(f"The variable {variable.env_var_name} is not set. Set it to a folder of your choice")
+    check_variables(nnUNet_raw, nnUNet_preprocessed)
     name = f"Dataset{int(name_or_id):03d}_{source}" if name_or_id.isdigit() else name_or_id
     if not re.fullmatch(r"Dataset(?!000)\d{3}_[\w.-]+", name):
         raise ValueError(f"-d {name_or_id} is neither an id from 1 to 999 nor a name such as Dataset501_Name")

@@ -15,10 +15,11 @@ _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 class Report:
-    """Prints findings as they come, and counts the problems."""
+    """Prints findings as they come, counts the problems, and keeps which checks could not be made."""
 
     def __init__(self):
         self.problems = 0
+        self.not_checked: list[str] = []
 
     def ok(self, text: str) -> None:
         print(f"  ok       {text}")
@@ -30,23 +31,36 @@ class Report:
         self.problems += 1
         print(f"  PROBLEM  {text}\n           -> {cure}")
 
+    def could_not_check(self, checks: str, text: str, cure: str) -> None:
+        """A problem because of which ``checks`` say nothing."""
+        self.problem(text, cure)
+        self.not_checked.append(checks)
+
+    def summary(self) -> str:
+        if not self.problems:
+            return "No problems."
+        checks = list(dict.fromkeys(self.not_checked))
+        not_checked = f" Not checked: {'; '.join(checks)}." if checks else ""
+        return f"{self.problems} problem(s).{not_checked}"
+
 
 def add_arguments(parser):
     parser.add_argument("-d", help="also check this dataset (id or name)")
     parser.add_argument("-p", "-plans_name", default=None, help="plans to check (default: all of the dataset)")
+    parser.add_argument("--trainers", action="store_true", help="list the trainers, and the files that they are in")
 
 
 def run(args) -> int:
     report = Report()
+    if args.d:
+        _check_dataset(report, args.d, args.p)
     print("Installation")
     _check_versions(report)
     print("Folders")
     _check_folders(report)
     print("Trainers")
-    _check_discovery(report)
-    if args.d:
-        _check_dataset(report, args.d, args.p)
-    print("No problems." if not report.problems else f"{report.problems} problem(s).")
+    _check_discovery(report, args.trainers)
+    print(report.summary())
     return 1 if report.problems else 0
 
 
@@ -85,6 +99,8 @@ def _check_folders(report: Report) -> None:
         value = os.environ.get(name)
         if not value:
             report.problem(f"{name} is not set", f"export {name}=/a/folder/of/yours")
+        elif not os.path.isdir(value) and value.strip("\"'") != value:
+            report.problem(f"{name} is {value}, with the quotation marks", "set it without them")
         elif not os.path.isdir(value):
             report.problem(f"{name} is {value}, which is not a folder", f"mkdir -p {value}")
         elif not os.access(value, os.W_OK) and name != "nnUNet_raw":
@@ -95,7 +111,7 @@ def _check_folders(report: Report) -> None:
             report.ok(f"{name} = {value}")
 
 
-def _check_discovery(report: Report) -> None:
+def _check_discovery(report: Report, listed: bool) -> None:
     import contextlib
     import inspect
     import io
@@ -108,6 +124,7 @@ def _check_discovery(report: Report) -> None:
             f"pip install --force-reinstall --no-deps nnunet-semiseg, or export nnUNet_extTrainer={DISCOVERY_FOLDER}",
         )
         return
+    here = []
     for name in TRAINERS:
         try:
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -121,40 +138,92 @@ def _check_discovery(report: Report) -> None:
         if not found.__module__.startswith("nnunet_semiseg."):
             report.problem(f"nnU-Net takes {name} from {file}, not from this package", "rename or remove that class")
         else:
-            report.ok(f"{name}: {file}")
+            here.append(f"{name}: {file}")
+    if listed:
+        for line in here:
+            report.ok(line)
+    elif here:
+        report.ok(f"nnU-Net finds {len(here)} of {len(TRAINERS)} trainers in {Path(nnunet_semiseg.__file__).parent}")
+
+
+# What _check_images looks for, if there are images of both kinds.
+_IMAGE_CHECKS = "labeled scans among the unlabeled ones, spacing, orientation and intensities"
 
 
 def _check_dataset(report: Report, name_or_id: str, plans_name: str | None) -> None:
-    from nnunet_semiseg.datasets import Dataset, dataset_name
-
+    try:
+        from nnunet_semiseg.datasets import Dataset, dataset_name
+        from nnunet_semiseg.segmentations import Classes
+    except Exception as error:
+        print(f"Dataset {name_or_id}")
+        report.could_not_check("the dataset", f"nnU-Net cannot be imported ({error})", "see Installation below")
+        return
     try:
         dataset = Dataset(dataset_name(name_or_id))
         print(f"Dataset {dataset.name}")
+        classes = Classes.from_file(dataset.json_file)
         labeled = dataset.labeled_cases()
     except (ValueError, OSError) as error:
-        report.problem(str(error), "see nnU-Net's documentation of the dataset format")
+        report.could_not_check("the dataset", str(error), "see nnU-Net's documentation of the dataset format")
         return
+    try:
+        classes.check_order(dataset.json_file)
+    except ValueError as error:
+        report.problem(str(error), "predictions, consensus and pseudo labels would have other labels; train again then")
     if labeled:
         report.ok(f"{len(labeled)} labeled cases")
     else:
         report.problem("there are no labeled cases", f"put labels into {dataset.raw / 'labelsTr'}")
     images = {}
-    folders = ["imagesTr", "imagesUn"]
-    if not (dataset.raw / "imagesUn").exists() and _hides_labels(dataset):
-        folders.remove("imagesUn")
-    for folder in folders:
+    try:
+        images["imagesTr"] = {case: files for case, (files, _) in dataset.labeled_files.items()}
+    except (ValueError, OSError) as error:
+        report.could_not_check(_IMAGE_CHECKS, str(error), "every check against the labeled images needs them")
+    _check_labeled_files(report, dataset, images.get("imagesTr", {}))
+    if (dataset.raw / "imagesUn").exists() or not _hides_labels(dataset):
         try:
-            images[folder] = dataset.images(folder)
-            if folder == "imagesUn":
-                report.ok(f"{len(images[folder])} unlabeled cases, {dataset.num_channels} channel(s) each")
+            images["imagesUn"] = dataset.images("imagesUn")
+            report.ok(f"{len(images['imagesUn'])} unlabeled cases, {dataset.num_channels} channel(s) each")
+        except FileNotFoundError as error:
+            report.problem(str(error), "or hide labels of labeled cases: nnunet_semiseg split")
         except (ValueError, OSError) as error:
-            if folder == "imagesUn":
-                report.problem(str(error), "or hide labels of labeled cases: nnunet_semiseg split")
+            report.could_not_check(_IMAGE_CHECKS, str(error), "then run nnunet_semiseg doctor again")
     both = sorted(set(images.get("imagesTr", {})) & set(images.get("imagesUn", {})))
     if both:
         report.problem(f"{', '.join(both[:5])} is in imagesTr and in imagesUn", "remove or rename it in imagesUn")
-    _check_images(report, dataset, images)
-    _check_plans(report, dataset, plans_name)
+    names = [plans_name] if plans_name else dataset.plans_names()
+    if names:
+        _check_images(report, dataset, images, names[0])
+    else:
+        report.could_not_check(
+            _IMAGE_CHECKS, "the dataset is not planned", f"nnUNetv2_plan_and_preprocess -d {dataset.number}"
+        )
+    _check_plans(report, dataset, names)
+
+
+def _check_labeled_files(report: Report, dataset, images: dict) -> None:
+    """Names that nnU-Net takes for cases or channels, and label maps that are missing."""
+    from nnunet_semiseg.datasets import CaseError, check_there
+
+    folder = dataset.raw / "imagesTr"
+    for case, files in images.items():
+        for check, arguments in (
+            # How files that dataset.json lists are called does not matter.
+            *([] if "dataset" in dataset.json else [(dataset.check_channels, (case, files, folder))]),
+            (check_there, (dataset.labeled_files[case][1],)),
+        ):
+            try:
+                check(*arguments)
+            except CaseError as error:
+                report.problem(str(error), "nnU-Net plans and trains with what is there")
+        # What is too many is reported, and the rest is still compared.
+        del files[dataset.num_channels :]
+    hidden = sorted(p.name for p in folder.glob(f".*{dataset.file_ending}")) if "dataset" not in dataset.json else ()
+    if hidden:
+        report.problem(
+            f"nnU-Net takes the hidden file {folder / hidden[0]} for a case ({len(hidden)} such files)",
+            f"find {folder} -name '.*' -type f -delete",
+        )
 
 
 def _hides_labels(dataset) -> bool:
@@ -165,18 +234,20 @@ def _hides_labels(dataset) -> bool:
     return splits.is_file() and any(fold.get("unlabeled") for fold in load_json(str(splits)))
 
 
-def _check_images(report: Report, dataset, images: dict) -> None:
+def _check_images(report: Report, dataset, images: dict, plans_name: str) -> None:
     """Read every image once: damage, content that occurs twice, spacing, orientation and intensities."""
     import numpy as np
     from tqdm import tqdm
 
     from nnunet_semiseg.datasets import INTENSITY_SDS, CaseError, content_hash, read_images
 
-    plans_files = sorted(dataset.preprocessed.glob("*Plans*.json"))
-    if not plans_files:
-        report.problem("the dataset is not planned", f"nnUNetv2_plan_and_preprocess -d {dataset.name}")
+    try:
+        plans = dataset.plans(plans_name)
+    except (ValueError, OSError):
+        # _check_plans tells.
+        report.not_checked.append(_IMAGE_CHECKS)
         return
-    plans = dataset.plans(plans_files[0].stem)
+    unread = 0
     hashes: dict[str, tuple[str, str]] = {}
     statistics: dict[str, dict[str, tuple]] = {"imagesTr": {}, "imagesUn": {}}
     orientations: dict[str, dict[str, str | None]] = {"imagesTr": {}, "imagesUn": {}}
@@ -187,7 +258,8 @@ def _check_images(report: Report, dataset, images: dict) -> None:
                 try:
                     data, properties = read_images(files, plans, dataset.num_channels)
                 except CaseError as error:
-                    report.problem(str(error), "mend, replace or remove the file")
+                    report.problem(str(error), "fix, replace or remove the file")
+                    unread += 1
                     continue
                 key = content_hash(data)
                 if key in hashes and folder == "imagesUn":
@@ -203,10 +275,12 @@ def _check_images(report: Report, dataset, images: dict) -> None:
                     statistics[folder][case] = tuple(np.median(foreground, 1))
                 orientations[folder][case] = dataset.orientation(files)
                 if folder == "imagesUn":
-                    odd = dataset.spacing_warning(np.asarray(properties["spacing"]))
+                    odd = _spacing_warning(report, dataset, np.asarray(properties["spacing"]))
                     if odd:
                         message, cure = odd.split(". ", 1)
                         report.warn(f"imagesUn/{case}: {message}", cure)
+    if unread:
+        report.not_checked.append(f"the images of {unread} case(s)")
     usual = set(orientations["imagesTr"].values())
     for case, orientation in orientations["imagesUn"].items():
         if usual and orientation not in usual:
@@ -230,15 +304,23 @@ def _check_images(report: Report, dataset, images: dict) -> None:
             )
 
 
-def _check_plans(report: Report, dataset, plans_name: str | None) -> None:
+def _spacing_warning(report: Report, dataset, spacing) -> str | None:
+    try:
+        return dataset.spacing_warning(spacing)
+    except (ValueError, OSError) as error:
+        if "spacing" not in report.not_checked:
+            report.could_not_check("spacing", str(error), "spacings are compared with those in the fingerprint")
+        return None
+
+
+def _check_plans(report: Report, dataset, names: list[str]) -> None:
     from nnunet_semiseg.data.splits import hidden_cases
     from nnunet_semiseg.data.unlabeled import check_store, store_folder
 
-    names = [plans_name] if plans_name else sorted(p.stem for p in dataset.preprocessed.glob("*Plans*.json"))
     for name in names:
         try:
             plans = dataset.plans(name)
-        except OSError as error:
+        except (ValueError, OSError) as error:
             report.problem(str(error), "plan first")
             continue
         for configuration_name in plans.available_configurations:

@@ -100,7 +100,7 @@ def _classes(args) -> tuple[Classes, str | None]:
     prediction, truth = Path(args.p), Path(args.g)
     if args.d:
         dataset = Dataset(dataset_name(args.d))
-        return Classes.from_dataset_json(dataset.json), dataset.file_ending
+        return Classes.from_file(dataset.json_file), dataset.file_ending
     if args.dataset_json:
         file = Path(args.dataset_json)
     else:
@@ -198,9 +198,9 @@ def _finished(part: Path, key: str) -> dict | None:
     """The record of a case that an earlier call finished, if nothing changed since."""
     try:
         content = read_json(part)
-    except (OSError, ValueError):
+        return content["record"] if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return content["record"] if content["key"] == key else None
 
 
 def evaluate_case(

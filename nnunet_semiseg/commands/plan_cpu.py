@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunet_semiseg.datasets import dataset_name
+from nnunet_semiseg.datasets import Dataset, dataset_name
 
 
 def add_arguments(parser):
@@ -22,4 +22,4 @@ def run(args):
     for configuration, plan in plans["configurations"].items():
         if "patch_size" in plan:
             print(f"{configuration}: patch {list(map(int, plan['patch_size']))}, batch size {plan['batch_size']}")
-    print(f"Next: nnUNetv2_preprocess -d {name} -plans_name {args.plans_name} -c 2d")
+    print(f"Next: nnUNetv2_preprocess -d {Dataset(name).number} -plans_name {args.plans_name} -c 2d")

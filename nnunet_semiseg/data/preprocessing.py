@@ -14,7 +14,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle, wr
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_semiseg.data.unlabeled import DIGEST_KEY, preprocessing_digest
-from nnunet_semiseg.datasets import Dataset, read_images
+from nnunet_semiseg.datasets import Dataset, check_there, read_images
 from nnunet_semiseg.parallel import over_cases
 
 # In the order in which they appear under their final name: a case counts as done once it has its properties.
@@ -47,8 +47,14 @@ def preprocess_cases(
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    labeled = sorted((dataset.raw / "imagesTr").glob(f"*_0000{dataset.file_ending}"))
-    orientation = dataset.orientation(labeled[:1]) if labeled else None
+    orientation = None
+    try:
+        files, _ = next(iter(dataset.labeled_files.values()), ([], None))
+        if missing and files:
+            check_there(files[0])
+            orientation = dataset.orientation(files[:1])
+    except (ValueError, OSError) as error:
+        print(f"Warning: orientations are not compared with the labeled cases' ({error})", file=sys.stderr)
     jobs = {
         case: (
             *(dataset.name, plans_name, configuration_name, case, images[case]),

@@ -33,7 +33,7 @@ def store_folder(preprocessed_folder: str | os.PathLike) -> Path:
 
 def store_identifiers(store: Path) -> list[str]:
     """The complete cases of a store, sorted. A case's properties are written last."""
-    return sorted(path.stem for path in store.glob("*.pkl")) if store.is_dir() else []
+    return sorted(path.stem for path in store.glob("[!.]*.pkl")) if store.is_dir() else []
 
 
 def preprocessing_digest(plans: PlansManager, configuration: ConfigurationManager) -> str:

@@ -45,7 +45,7 @@ from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmen
 from nnunet_semiseg.losses.ramps import ramp_up_between
 from nnunet_semiseg.networks.ema import EMATeacher, unwrap
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.options import build_options, option
+from nnunet_semiseg.trainers.options import build_options, check_folder_name, option
 from nnunet_semiseg.trainers.panel import plot_panel
 
 # nnU-Net's own value for the student; the companions are clipped apart from it.
@@ -112,6 +112,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     """
 
     Options = FrameOptions
+    # What the trainer's name gets in the name of a second network's model folder.
+    SECOND_FOLDER = ""
     # Set by the class that a name with options makes (registry.find_trainer).
     chosen_options: dict = {}
     chosen_schedule: dict = {}
@@ -125,6 +127,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ):
         self._refuse_cascade(plans, configuration)
+        check_folder_name(type(self).__name__ + self.SECOND_FOLDER, plans["plans_name"], configuration)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:

@@ -75,6 +75,20 @@ def _summary(classes) -> str:
     )
 
 
+# Of the name of a file or folder, in bytes.
+MAX_NAME = 255
+
+
+def check_folder_name(trainer: str, plans_name: str = "p", configuration: str = "2d") -> None:
+    """Raises OptionError if nnU-Net cannot make the folder of a trainer's models; by default the shortest there is."""
+    excess = len(f"{trainer}__{plans_name}__{configuration}".encode()) - MAX_NAME
+    if excess > 0:
+        raise OptionError(
+            f"The trainer's name {trainer[:60]}... is {excess} characters too long: nnU-Net makes a folder of it, of "
+            f"the plans and of the configuration, and such a name has at most {MAX_NAME}. Set fewer options"
+        )
+
+
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 

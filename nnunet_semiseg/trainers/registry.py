@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import importlib
 
-from nnunet_semiseg.trainers.options import parse_suffix
+from nnunet_semiseg.trainers.options import check_folder_name, parse_suffix
 
 # Class name -> module. A method is added by its file and one line here.
 TRAINERS = {
@@ -48,12 +48,13 @@ def find_trainer(name: str) -> type | None:
         The class, or None if no trainer of this package has such a name.
 
     Raises:
-        OptionError: if the trainer exists and the rest of the name is not a valid setting of it.
+        OptionError: if the trainer exists and the rest of the name is not a valid setting of it, or is too long.
     """
     if name not in _found:
         base_name = max((base for base in TRAINERS if name == base or name.startswith(base + "_")), key=len, default="")
         if not base_name:
             return None
+        check_folder_name(name)
         base = getattr(importlib.import_module(TRAINERS[base_name]), base_name)
         if name == base_name:
             _found[name] = base

@@ -39,6 +39,7 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     ``nnUNetv2_predict -tr <Trainer>_second`` runs B and ``nnUNetv2_ensemble`` averages the two.
     """
 
+    SECOND_FOLDER = "_second"
     options: SecondNetworkOptions
 
     def build_second(self) -> nn.Module:
@@ -85,7 +86,7 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
         """B's fold folder."""
         model = Path(self.output_folder).parent
         trainer, *rest = model.name.split("__")
-        return model.with_name("__".join([f"{trainer}_second", *rest])) / Path(self.output_folder).name
+        return model.with_name("__".join([trainer + self.SECOND_FOLDER, *rest])) / Path(self.output_folder).name
 
     def on_train_end(self):
         super().on_train_end()

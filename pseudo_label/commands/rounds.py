@@ -74,7 +74,7 @@ def add_arguments(parser):
 
 def run(args) -> None:
     dataset = Dataset(dataset_name(args.d))
-    rules = read_rules(args, Classes.from_dataset_json(dataset.json))
+    rules = read_rules(args, Classes.from_file(dataset.json_file))
     if rules == Rules():
         rules = Rules(threshold=DEFAULT_THRESHOLD)
     settings = Settings(

@@ -88,12 +88,15 @@ def _classes(args) -> tuple[Classes, Path | None]:
     labeled = None
     if args.d:
         dataset = Dataset(dataset_name(args.d))
-        classes = Classes.from_dataset_json(dataset.json)
+        classes = Classes.from_file(dataset.json_file)
+        classes.check_order(dataset.json_file)
         # nnU-Net keeps a copy beside the preprocessed data.
         folders = (dataset.raw / "labelsTr", dataset.preprocessed / "gt_segmentations")
         labeled = next((folder for folder in folders if folder.is_dir()), None)
     elif args.dataset_json or (args.i[0] / "dataset.json").is_file():
-        classes = Classes.from_file(args.dataset_json or args.i[0] / "dataset.json")
+        file = args.dataset_json or args.i[0] / "dataset.json"
+        classes = Classes.from_file(file)
+        classes.check_order(file)
     else:
         return find_labels(args.i, args.np), None
     for member in args.i:

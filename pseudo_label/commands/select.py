@@ -99,6 +99,8 @@ def add_arguments(parser):
 
 def run(args) -> None:
     classes, scores = scored_classes(args.i), read_scores(args.i)
+    # The scores may be of a version that did not check it.
+    classes.check_order(args.i / "score.json")
     rules = read_rules(args, classes)
     images = None
     if args.annotate is not None:

@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from nnunet_semiseg.datasets import CaseError, content_hash
 from nnunet_semiseg.files import link, whole, write_json
-from nnunet_semiseg.segmentations import geometry_difference, labels_of, read_image, version, write_image, write_labels
+from nnunet_semiseg.segmentations import (
+    Geometry,
+    check_labels,
+    geometry_difference,
+    read_image,
+    version,
+    write_image,
+    write_labels,
+)
 
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar")
 # Where a case of a part goes: imagesTr and labelsTr, imagesUn, imagesTs and labelsTs.
@@ -377,8 +385,9 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
             f"{case.images[0]} has {len(scan.images)} channel(s), not {len(source.channels)}: "
             f"{', '.join(source.channels)}"
         )
+    geometry = Geometry.of_image(image)
     for file, channel in zip(case.images, scan.images):
-        difference = geometry_difference(image, channel)
+        difference = geometry_difference(geometry, Geometry.of_image(channel))
         if difference:
             raise CaseError(f"{case.images[0]} and {file} differ in geometry: {difference}")
     voxels = np.stack([sitk.GetArrayViewFromImage(channel) for channel in scan.images])
@@ -396,14 +405,16 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
         "notes": scan.notes,
     }
     if scan.label is not None:
-        difference = geometry_difference(image, scan.label)
+        difference = geometry_difference(geometry, Geometry.of_image(scan.label))
         if difference:
             raise CaseError(
                 f"{case.label} and its image {case.images[0]} differ in geometry: {difference}. If the voxels fit, "
                 "give the label the image's header; otherwise remove both"
             )
         known = frozenset({0}.union(*source.labels.values()))
-        labels = labels_of(scan.label, case.label, known)
+        if scan.label.GetNumberOfComponentsPerPixel() > 1:
+            raise CaseError(f"{case.label} has several channels. A label map has one whole number for each voxel")
+        labels = check_labels(sitk.GetArrayViewFromImage(scan.label)[None], case.label, known)
         new_label = np.zeros(max(known) + 1, dtype=np.uint8)
         for i, values in enumerate(source.labels.values()):
             new_label[list(values)] = i + 1
@@ -412,7 +423,7 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
         if scan.as_is and scan.label.GetPixelID() in (sitk.sitkUInt8, sitk.sitkInt16) and np.all(labels == renamed):
             _put(file, case.label, unpacked, as_link, scan.label)
         else:
-            write_labels(file, renamed, image)
+            write_labels(file, renamed, geometry)
         counts = np.bincount(renamed.ravel(), minlength=len(source.labels) + 1)
         record["shares"] = (counts[1:] / renamed.size).tolist()
         record["label_hash"] = content_hash(renamed)

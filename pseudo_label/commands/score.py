@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunet_semiseg.datasets import Dataset, dataset_name
+from nnunet_semiseg.datasets import Dataset, dataset_name, dataset_reader
+from nnunet_semiseg.files import read_json
 from nnunet_semiseg.parallel import add_processes_argument
-from nnunet_semiseg.segmentations import Classes
+from nnunet_semiseg.segmentations import Classes, find_reader
 from pseudo_label.scores import BOTH_EMPTY, CONSENSUS, METRICS, find_labels, score_members
 
 
@@ -55,7 +56,7 @@ def add_arguments(parser):
 
 
 def run(args) -> None:
-    classes, labeled = _classes(args)
+    classes, labeled, reader = _classes(args)
     if args.labeled is not None and not args.labeled.is_dir():
         raise FileNotFoundError(f"--labeled {args.labeled} is not a folder")
     scores = score_members(
@@ -69,6 +70,7 @@ def run(args) -> None:
         args.labeled or labeled,
         args.np,
         args.overwrite,
+        reader=reader,
     )
     empty = [case for case, score in scores.items() if score.score is None]
     if empty:
@@ -83,11 +85,12 @@ def run(args) -> None:
     print(f"Written to {args.o}")
 
 
-def _classes(args) -> tuple[Classes, Path | None]:
-    """The classes, and the folder of the labeled cases' label maps if there is one."""
-    labeled = None
+def _classes(args) -> tuple[Classes, Path | None, type | None]:
+    """The classes, the folder of the labeled cases' label maps, and nnU-Net's reader, if something tells them."""
+    labeled, reader = None, None
     if args.d:
         dataset = Dataset(dataset_name(args.d))
+        reader = dataset.reader
         classes = Classes.from_file(dataset.json_file)
         classes.check_order(dataset.json_file)
         # nnU-Net keeps a copy beside the preprocessed data.
@@ -97,8 +100,10 @@ def _classes(args) -> tuple[Classes, Path | None]:
         file = args.dataset_json or args.i[0] / "dataset.json"
         classes = Classes.from_file(file)
         classes.check_order(file)
-    else:
-        return find_labels(args.i, args.np), None
+        reader = dataset_reader(read_json(file))
+    reader = reader or find_reader(*args.i)
+    if not (args.d or args.dataset_json or (args.i[0] / "dataset.json").is_file()):
+        return find_labels(args.i, args.np, reader), None, reader
     for member in args.i:
         file = member / "dataset.json"
         if file.is_file():
@@ -109,4 +114,4 @@ def _classes(args) -> tuple[Classes, Path | None]:
                     f"{file} has the classes {', '.join(own.names)} with other names, values or order than "
                     f"{', '.join(classes.names)}. Members must have the same labels, and -d or --dataset-json, too"
                 )
-    return classes, labeled
+    return classes, labeled, reader

@@ -306,6 +306,9 @@ def _readers(file: Path) -> list[type[BaseReaderWriter]]:
     """nnU-Net's readers to try for a file."""
     ending = next((e for e in FILE_ENDINGS if file.name.endswith(e)), file.suffix).lower()
     fitting = [reader for reader in LIST_OF_IO_CLASSES if ending in reader.supported_file_endings]
+    if Tiff3DIO in fitting and sidecar(file, channel=False).is_file():
+        # skimage takes 3 or 4 slices for colors.
+        return sorted(fitting, key=lambda reader: reader is not Tiff3DIO)
     # nnU-Net tries it for all other endings, too. Of .nii it gives what NibabelIO does, with less memory.
     return [SimpleITKIO, *fitting] if ending == ".nii" else [*fitting, *({SimpleITKIO} - set(fitting))]
 
@@ -506,4 +509,5 @@ def _times(values) -> str:
 
 
 def _shown(values) -> str:
-    return f"({', '.join(f'{value:.6g}' for value in values)})"
+    # Without a minus before zero.
+    return f"({', '.join(f'{value + 0.0:.6g}' for value in values)})"

@@ -105,7 +105,7 @@ def case_picture(
         CaseError: naming the file that cannot be read.
     """
     labels, geometry = read_labels(labels_file, classes.known, reader)
-    image, disagreement = (read_voxels(file, reader)[0][0] for file in (image_file, disagreement_file))
+    image, disagreement = (read_voxels(file, geometry.reader)[0][0] for file in (image_file, disagreement_file))
     spacing = geometry.spacing
     matrix = affine(geometry.properties)
     if matrix is not None:

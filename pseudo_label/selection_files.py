@@ -78,7 +78,7 @@ def write_selection(
             written[case] = out / "labels" / consensus[case].name
             labels, geometry = read_labels(consensus[case], classes.known, reader)
             if min_agreement > 0:
-                share = read_voxels(disagreement[case], reader)[0][0]
+                share = read_voxels(disagreement[case], geometry.reader)[0][0]
                 labels = agreed_labels(labels, share, min_agreement, classes)
             write_labels(written[case], labels, geometry)
     rows = (

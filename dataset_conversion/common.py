@@ -276,6 +276,17 @@ def _with_orthonormal_directions(file: Path) -> sitk.Image:
     return image
 
 
+def labels_of(image: sitk.Image, file: Path, known: frozenset[int] | None = None) -> np.ndarray:
+    """The label map of an image that was read from ``file``, (Z, Y, X) or (Y, X).
+
+    Raises:
+        CaseError: naming the file, if it has several channels, fractions, or labels that are not known.
+    """
+    voxels = sitk.GetArrayFromImage(image)
+    several = image.GetNumberOfComponentsPerPixel() > 1
+    return check_labels(np.moveaxis(voxels, -1, 0) if several else voxels[None], file, known)
+
+
 def read_series(folder: Path) -> sitk.Image:
     """The DICOM series of a folder, or of the one below that has slices; they are sorted by position.
 
@@ -412,9 +423,7 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
                 "give the label the image's header; otherwise remove both"
             )
         known = frozenset({0}.union(*source.labels.values()))
-        if scan.label.GetNumberOfComponentsPerPixel() > 1:
-            raise CaseError(f"{case.label} has several channels. A label map has one whole number for each voxel")
-        labels = check_labels(sitk.GetArrayViewFromImage(scan.label)[None], case.label, known)
+        labels = labels_of(scan.label, case.label, known)
         new_label = np.zeros(max(known) + 1, dtype=np.uint8)
         for i, values in enumerate(source.labels.values()):
             new_label[list(values)] = i + 1

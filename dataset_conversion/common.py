@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from nnunet_semiseg.datasets import CaseError, content_hash
 from nnunet_semiseg.files import link, whole, write_json
-from nnunet_semiseg.segmentations import geometry_difference, labels_of, read_image, version, write_image, write_labels
+from nnunet_semiseg.segmentations import (
+    Geometry,
+    check_labels,
+    geometry_difference,
+    read_image,
+    version,
+    write_image,
+    write_labels,
+)
 
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar")
 # Where a case of a part goes: imagesTr and labelsTr, imagesUn, imagesTs and labelsTs.
@@ -268,6 +276,17 @@ def _with_orthonormal_directions(file: Path) -> sitk.Image:
     return image
 
 
+def labels_of(image: sitk.Image, file: Path, known: frozenset[int] | None = None) -> np.ndarray:
+    """The label map of an image that was read from ``file``, (Z, Y, X) or (Y, X).
+
+    Raises:
+        CaseError: naming the file, if it has several channels, fractions, or labels that are not known.
+    """
+    voxels = sitk.GetArrayFromImage(image)
+    several = image.GetNumberOfComponentsPerPixel() > 1
+    return check_labels(np.moveaxis(voxels, -1, 0) if several else voxels[None], file, known)
+
+
 def read_series(folder: Path) -> sitk.Image:
     """The DICOM series of a folder, or of the one below that has slices; they are sorted by position.
 
@@ -377,8 +396,9 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
             f"{case.images[0]} has {len(scan.images)} channel(s), not {len(source.channels)}: "
             f"{', '.join(source.channels)}"
         )
+    geometry = Geometry.of_image(image)
     for file, channel in zip(case.images, scan.images):
-        difference = geometry_difference(image, channel)
+        difference = geometry_difference(geometry, Geometry.of_image(channel))
         if difference:
             raise CaseError(f"{case.images[0]} and {file} differ in geometry: {difference}")
     voxels = np.stack([sitk.GetArrayViewFromImage(channel) for channel in scan.images])
@@ -396,7 +416,7 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
         "notes": scan.notes,
     }
     if scan.label is not None:
-        difference = geometry_difference(image, scan.label)
+        difference = geometry_difference(geometry, Geometry.of_image(scan.label))
         if difference:
             raise CaseError(
                 f"{case.label} and its image {case.images[0]} differ in geometry: {difference}. If the voxels fit, "
@@ -412,7 +432,7 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
         if scan.as_is and scan.label.GetPixelID() in (sitk.sitkUInt8, sitk.sitkInt16) and np.all(labels == renamed):
             _put(file, case.label, unpacked, as_link, scan.label)
         else:
-            write_labels(file, renamed, image)
+            write_labels(file, renamed, geometry)
         counts = np.bincount(renamed.ravel(), minlength=len(source.labels) + 1)
         record["shares"] = (counts[1:] / renamed.size).tolist()
         record["label_hash"] = content_hash(renamed)

@@ -17,7 +17,7 @@ from pseudo_label.executors import HEADER
 from pseudo_label.manifest import Manifest
 from pseudo_label.rounds import Member
 from pseudo_label.scores import read_labeled_volumes, read_scores
-from pseudo_label.selection_files import scored_classes
+from pseudo_label.selection_files import scored_classes, scored_reader
 
 # Cases of each kind that are shown as pictures.
 SHOWN = 2
@@ -194,7 +194,7 @@ def _case_pictures(folder: Path, cases: list[dict]) -> list[dict]:
         "Borderline": [*accepted[-SHOWN:], *rejected[:SHOWN]] if accepted and rejected else [],
         "Worst": cases[-SHOWN:],
     }
-    classes = scored_classes(folder / "scores")
+    classes, reader = scored_classes(folder / "scores"), scored_reader(folder / "scores")
     consensus, disagreement = (find_files(folder / "scores" / kind) for kind in ("consensus", "disagreement"))
     images = find_files(folder / "images")
     seen, shown = set(), []
@@ -203,6 +203,7 @@ def _case_pictures(folder: Path, cases: list[dict]) -> list[dict]:
             name = case["case"]
             if name not in seen:
                 seen.add(name)
-                picture = pictures.case_picture(images[f"{name}_0000"], consensus[name], disagreement[name], classes)
+                files = (images[f"{name}_0000"], consensus[name], disagreement[name])
+                picture = pictures.case_picture(*files, classes, reader)
                 shown.append({"title": title, "case": case, "picture": picture})
     return shown

@@ -14,9 +14,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
-from dataset_conversion.common import Case, Download, Scan, Source, by_name, read_series, read_volume
+from dataset_conversion.common import Case, Download, Scan, Source, by_name, labels_of, read_series, read_volume
 from nnunet_semiseg.datasets import CaseError
-from nnunet_semiseg.segmentations import labels_of
 
 WITHDRAWN = (25, 70)
 # The published lists (CoraNet, BCP) are in the order of the numbers, without the withdrawn: 62 train, 18 test.

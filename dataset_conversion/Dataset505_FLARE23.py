@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset_conversion.common import Case, Download, Source, read_volume
+from dataset_conversion.common import Case, Download, Source, labels_of, read_volume
 from dataset_conversion.Dataset504_FLARE22 import ORGANS, images_and_labels, tuning_cases
 from nnunet_semiseg.files import read_json, write_json
 from nnunet_semiseg.parallel import over_cases
-from nnunet_semiseg.segmentations import labels_of, version
+from nnunet_semiseg.segmentations import version
 
 
 def cases(download: Download, args: Namespace) -> list[Case]:

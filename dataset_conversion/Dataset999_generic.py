@@ -8,7 +8,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from dataset_conversion.common import Case, Download, Source
+from dataset_conversion.common import Case, Download, Source, by_name, junk
 from nnunet_semiseg.files import read_table
 from nnunet_semiseg.segmentations import find_files, patients_of
 
@@ -33,8 +33,20 @@ def add_arguments(parser) -> None:
         help="classes and their values in the files: liver=1 kidney=2,13; they become 1, 2, ...",
     )
     parser.add_argument("--channels", nargs="+", required=True, metavar="NAME", help="such as CT or MRI, for nnU-Net")
-    parser.add_argument("--images", default="images", help="folder of the images in DOWNLOAD (default %(default)s)")
-    parser.add_argument("--segmentations", default="labels", help="folder of the labels (default %(default)s)")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=["images"],
+        metavar="FOLDER",
+        help="folder of the images in DOWNLOAD (default images); or, with a folder for each case, a pattern such as "
+        "'*/imaging.nii.gz', one for each channel",
+    )
+    parser.add_argument(
+        "--segmentations",
+        default="labels",
+        metavar="FOLDER",
+        help="folder of the labels (default %(default)s), or a pattern such as '*/segmentation.nii.gz'",
+    )
     parser.add_argument("--csv", type=Path, help="table with columns image, and maybe case, patient, label, split")
     parser.add_argument("--patient", metavar="REGEX", help=r"the patient in a case's name, such as 'patient\d+'")
 
@@ -46,15 +58,57 @@ def cases(download: Download, args: Namespace) -> list[Case]:
         raise ValueError("--labels has a class or a value twice, or background, which is 0 in any case")
     if "ignore" in names[:-1]:
         raise ValueError("--labels: ignore has to be the last, because nnU-Net wants the highest label for it")
-    result = _of_table(download, args) if args.csv else _of_folders(download, args)
+    by_pattern = not args.csv and any(map(_is_pattern, (*args.images, args.segmentations)))
+    result = (_of_table if args.csv else _of_patterns if by_pattern else _of_folders)(download, args)
     if not args.patient:
         return result
     patients = patients_of((case.name for case in result), args.patient)
     return [replace(case, patient=patient) for case, patient in zip(result, patients)]
 
 
+def _is_pattern(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def _of_patterns(download: Download, args: Namespace) -> list[Case]:
+    """A folder for each case: what the first ``*`` stands for is its name."""
+    patterns = (*args.images, args.segmentations)
+    if len(args.images) != len(args.channels) or not all(map(_is_pattern, patterns)):
+        raise ValueError(
+            f"{' '.join(patterns)}: give --images a pattern such as '*/imaging.nii.gz' for each of the "
+            f"{len(args.channels)} --channels, and --segmentations one as well. Put them in quotation marks"
+        )
+    *channels, labels = (_matching(download, pattern) for pattern in patterns)
+    for case in labels:
+        if case not in channels[0]:
+            raise ValueError(f"{labels[case]} has no image that is called {args.images[0]}")
+    for case in channels[0]:
+        for found, pattern in zip(channels, args.images):
+            if case not in found:
+                raise ValueError(f"{channels[0][case]} is of a case that has no {pattern}. Add it, or remove the case")
+    return [Case(case, case, tuple(found[case] for found in channels), labels.get(case)) for case in channels[0]]
+
+
+def _matching(download: Download, pattern: str) -> dict[str, Path]:
+    """{case: file} of a pattern relative to the download, or to the folder around everything in it."""
+    depth = next(i for i, part in enumerate(Path(pattern).parts) if _is_pattern(part))
+    inner = [folder for root in download.roots for folder in sorted(root.iterdir()) if folder.is_dir()]
+    for root in [*download.roots, *inner]:
+        files = {
+            file: file.relative_to(root) for file in sorted(root.glob(pattern)) if not junk(file.relative_to(root))
+        }
+        if files:
+            return by_name(files, lambda file, files=files: files[file].parts[depth])
+    raise FileNotFoundError(f"{download} has nothing that is called {pattern}")
+
+
 def _of_folders(download: Download, args: Namespace) -> list[Case]:
-    images, labels = (_inside(download, name) for name in (args.images, args.segmentations))
+    if len(args.images) > 1:
+        raise ValueError(
+            f"--images {' '.join(args.images)} are several folders. Give one, in which channels are called "
+            "CASE_0000, CASE_0001, ...; or, with a folder for each case, a pattern for each channel"
+        )
+    images, labels = (_inside(download, name) for name in (args.images[0], args.segmentations))
     try:
         files = find_files(images, more=ENDINGS)
     except FileNotFoundError:
@@ -62,13 +116,23 @@ def _of_folders(download: Download, args: Namespace) -> list[Case]:
         files = {f.name: f for f in sorted(images.iterdir()) if f.is_dir() and not f.name.startswith(".")}
         if not files:
             raise
+    found = find_files(labels, more=ENDINGS)
+    # CASE_0000 and CASE_0001, as nnU-Net names channels. The number of scan_2019 is no channel, nor is one that labels
+    # have as well, or that there are more of than channels.
+    numbered: dict[str, list[str]] = {}
+    for name in files:
+        base, number = name.rpartition("_")[::2]
+        if re.fullmatch(r"\d{4}", number):
+            numbered.setdefault(base, []).append(name)
+    cases_of = {
+        name: base
+        for base, several in numbered.items()
+        if f"{base}_0000" in several and len(several) <= len(args.channels) and not set(several) & set(found)
+        for name in several
+    }
     channels: dict[str, list[Path]] = {}
     for name, file in files.items():
-        # CASE_0000 and CASE_0001, as nnU-Net names channels; the number of scan_2019 is no channel.
-        base, number = name.rpartition("_")[::2]
-        is_channel = re.fullmatch(r"\d{4}", number) and f"{base}_0000" in files
-        channels.setdefault(base if is_channel else name, []).append(file)
-    found = find_files(labels, more=ENDINGS)
+        channels.setdefault(cases_of.get(name, name), []).append(file)
     alone = sorted(set(found) - set(channels))
     if alone:
         raise ValueError(f"{found[alone[0]]} has no image in {images}. Images are called, e.g., {next(iter(files))}")

@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from nnunet_semiseg.datasets import CaseError, content_hash
 from nnunet_semiseg.files import link, whole, write_json
-from nnunet_semiseg.segmentations import geometry_difference, labels_of, read_image, version, write_image, write_labels
+from nnunet_semiseg.segmentations import (
+    Geometry,
+    check_labels,
+    geometry_difference,
+    read_image,
+    version,
+    write_image,
+    write_labels,
+)
 
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar")
 # Where a case of a part goes: imagesTr and labelsTr, imagesUn, imagesTs and labelsTs.
@@ -118,15 +126,15 @@ class Download:
 
     @staticmethod
     def _archives(folder: Path) -> list[Path]:
-        return sorted(f for f in folder.rglob("*") if f.name.endswith(ARCHIVES) and not f.is_dir() and not _junk(f))
+        return sorted(f for f in folder.rglob("*") if f.name.endswith(ARCHIVES) and not f.is_dir() and not junk(f))
 
     def find(self, pattern: str) -> list[Path]:
         """Files and folders at any depth whose name matches, sorted by path."""
-        return sorted(f for root in self.roots for f in root.rglob(pattern) if not _junk(f))
+        return sorted(f for root in self.roots for f in root.rglob(pattern) if not junk(f))
 
 
-def _junk(path: Path) -> bool:
-    # What macOS and Windows put into archives.
+def junk(path: Path) -> bool:
+    """Whether it is something that macOS and Windows put into archives, or a hidden file."""
     return path.name.startswith(".") or "__MACOSX" in path.parts
 
 
@@ -151,7 +159,7 @@ def _is_unpacked(archive: Path, beside: tuple[Path, Path]) -> bool:
 
     All of a .zip file; only the first of the others, which have no table of contents.
     """
-    names = (name for name, _ in _members(archive) if not _junk(Path(name)))
+    names = (name for name, _ in _members(archive) if not junk(Path(name)))
     names = list(names) if archive.name.endswith(".zip") else list(islice(names, 1))
     found = max(sum((folder / name).exists() for name in names) for folder in beside)
     if 0 < found < len(names):
@@ -268,6 +276,17 @@ def _with_orthonormal_directions(file: Path) -> sitk.Image:
     return image
 
 
+def labels_of(image: sitk.Image, file: Path, known: frozenset[int] | None = None) -> np.ndarray:
+    """The label map of an image that was read from ``file``, (Z, Y, X) or (Y, X).
+
+    Raises:
+        CaseError: naming the file, if it has several channels, fractions, or labels that are not known.
+    """
+    voxels = sitk.GetArrayFromImage(image)
+    several = image.GetNumberOfComponentsPerPixel() > 1
+    return check_labels(np.moveaxis(voxels, -1, 0) if several else voxels[None], file, known)
+
+
 def read_series(folder: Path) -> sitk.Image:
     """The DICOM series of a folder, or of the one below that has slices; they are sorted by position.
 
@@ -377,8 +396,9 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
             f"{case.images[0]} has {len(scan.images)} channel(s), not {len(source.channels)}: "
             f"{', '.join(source.channels)}"
         )
+    geometry = Geometry.of_image(image)
     for file, channel in zip(case.images, scan.images):
-        difference = geometry_difference(image, channel)
+        difference = geometry_difference(geometry, Geometry.of_image(channel))
         if difference:
             raise CaseError(f"{case.images[0]} and {file} differ in geometry: {difference}")
     voxels = np.stack([sitk.GetArrayViewFromImage(channel) for channel in scan.images])
@@ -396,7 +416,7 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
         "notes": scan.notes,
     }
     if scan.label is not None:
-        difference = geometry_difference(image, scan.label)
+        difference = geometry_difference(geometry, Geometry.of_image(scan.label))
         if difference:
             raise CaseError(
                 f"{case.label} and its image {case.images[0]} differ in geometry: {difference}. If the voxels fit, "
@@ -412,7 +432,7 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
         if scan.as_is and scan.label.GetPixelID() in (sitk.sitkUInt8, sitk.sitkInt16) and np.all(labels == renamed):
             _put(file, case.label, unpacked, as_link, scan.label)
         else:
-            write_labels(file, renamed, image)
+            write_labels(file, renamed, geometry)
         counts = np.bincount(renamed.ravel(), minlength=len(source.labels) + 1)
         record["shares"] = (counts[1:] / renamed.size).tolist()
         record["label_hash"] = content_hash(renamed)

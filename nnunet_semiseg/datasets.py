@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -151,7 +155,20 @@ class Dataset:
                 f"nnUNetv2_plan_and_preprocess -d {self.number}"
             )
         cure = f"Make the plans anew: nnUNetv2_plan_experiment -d {self.number}"
-        return PlansManager(read_json(file, _PLANS_KEYS, cure))
+        plans = read_json(file, _PLANS_KEYS, cure)
+        plans_reader(plans, file)
+        return PlansManager(plans)
+
+    @cached_property
+    def reader(self) -> type[BaseReaderWriter] | None:
+        """nnU-Net's reader of all files, by the plans or dataset.json; None if the files' ending decides."""
+        # All plans of a dataset have the same one.
+        for name in self.plans_names():
+            try:
+                return plans_reader(self.plans(name).plans, self.preprocessed / f"{name}.json")
+            except (OSError, ValueError):
+                continue
+        return dataset_reader(self.json)
 
     def labeled_cases(self) -> list[str]:
         """All cases with labels, by the ground truth that nnU-Net keeps beside the preprocessed data or by labelsTr."""
@@ -223,14 +240,22 @@ class Dataset:
             raise FileNotFoundError(
                 f"{path} is missing. Put the unlabeled images there, named CASE_0000{self.file_ending}"
             )
-        files = visible_files(path)
-        wrong = [p for p in files if not p.name.endswith(self.file_ending)]
-        if wrong:
-            raise CaseError(
-                f"{wrong[0]} does not end in {self.file_ending}, as dataset.json says. Convert or remove it"
-            )
+        images, others = [], []
+        for file in visible_files(path):
+            (images if file.name.endswith(self.file_ending) else others).append(file)
+        # Files of spacings that Tiff3DIO wants beside the images.
+        sidecars = {sidecar(file, channel=True) for file in images} if self._may_have_sidecars else set()
+        for file in others:
+            if file in sidecars:
+                continue
+            if self._may_have_sidecars and file.suffix == ".json":
+                raise CaseError(
+                    f"{file} is the spacing of an image {file.stem}_0000{self.file_ending}, which is not there. Rename "
+                    "or remove it"
+                )
+            raise CaseError(f"{file} does not end in {self.file_ending}, as dataset.json says. Convert or remove it")
         cases: dict[str, list[Path]] = {}
-        for file in files:
+        for file in images:
             case, channel = file.name[: -len(self.file_ending)].rpartition("_")[::2]
             if not case or len(channel) != 4 or not channel.isdigit():
                 raise CaseError(
@@ -245,15 +270,9 @@ class Dataset:
             self.check_channels(case, channels, path)
         return cases
 
-    def orientation(self, case_files: list[Path]) -> str | None:
-        """Axis codes of the first file, such as LPS; None where the format has none."""
-        try:
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(case_files[0]))
-            reader.ReadImageInformation()
-            return sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(reader.GetDirection())
-        except Exception:
-            return None
+    @property
+    def _may_have_sidecars(self) -> bool:
+        return self.file_ending.lower() in Tiff3DIO.supported_file_endings and self.reader in (None, Tiff3DIO)
 
     @cached_property
     def fingerprint(self) -> dict:
@@ -298,33 +317,128 @@ def _is_plans(file: Path) -> bool:
     return isinstance(content, dict) and "configurations" in content
 
 
-def read_images(files: list[Path], plans: PlansManager, num_channels: int) -> tuple[np.ndarray, dict]:
-    """The case's (C, Z, Y, X) images and properties, read as nnU-Net reads them and checked.
+def plans_reader(plans: dict, file: Path) -> type[BaseReaderWriter]:
+    """nnU-Net's reader that plans name. Raises ValueError naming ``file``, if nnU-Net has none of that name."""
+    name = plans["image_reader_writer"]
+    try:
+        return recursive_find_reader_writer_by_name(name)
+    except RuntimeError:
+        raise ValueError(
+            f"{file}: nnU-Net has no reader {name}. Put its module into nnunetv2/imageio, or plan again"
+        ) from None
+
+
+def dataset_reader(dataset_json: dict) -> type[BaseReaderWriter] | None:
+    """The reader that a dataset.json asks for; None if there is no such one, and the files' ending decides."""
+    name = dataset_json.get("overwrite_image_reader_writer", "None")
+    try:
+        return None if name == "None" else recursive_find_reader_writer_by_name(name)
+    except RuntimeError:
+        # nnU-Net, too, goes by the ending then.
+        return None
+
+
+def sidecar(file: Path, channel: bool) -> Path:
+    """Where Tiff3DIO looks for the spacing of a TIFF file.
+
+    Args:
+        channel: ``file`` is an image, named CASE_0000, and no label map.
+    """
+    stem = file.name[: -len(file.suffix)]
+    return file.with_name(f"{stem[:-5] if channel else stem}.json")
+
+
+def check_sidecar(file: Path, channel: bool) -> str | None:
+    """What nnU-Net does about a file that is read with Tiff3DIO and has no sidecar, or None if it has one.
+
+    Raises:
+        CaseError: naming the sidecar, if it has no spacing.
+    """
+    own = sidecar(file, channel)
+    cure = 'Write {"spacing": [Z, Y, X]} there'
+    if not own.exists():
+        return f"{own} is missing, so the spacing of {file.name} is taken as 1 x 1 x 1 mm. {cure}"
+    try:
+        spacing = read_json(own, ("spacing",), cure)["spacing"]
+    except ValueError as error:
+        raise CaseError(str(error)) from None
+    try:
+        fits = len(spacing) == 3 and all(0 < float(s) < float("inf") for s in spacing)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise CaseError(f"{own} has the spacing {spacing}, not three positive numbers. {cure}")
+    return None
+
+
+def affine(properties: dict) -> np.ndarray | None:
+    """(4, 4) from voxels (x, y, z) of what a reader gave to mm (right, front, up); None in 2D or without positions."""
+    if "nibabel_stuff" in properties:
+        stuff = properties["nibabel_stuff"]
+        return stuff.get("reoriented_affine", stuff["original_affine"])
+    stuff = properties.get("sitk_stuff")
+    if stuff is None or len(stuff["spacing"]) != 3:
+        return None
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.reshape(stuff["direction"], (3, 3)) * stuff["spacing"]
+    matrix[:3, 3] = stuff["origin"]
+    # ITK counts to the left and back.
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
+
+
+def orientation(properties: dict) -> str | None:
+    """Axis codes of what a reader gave, such as LPS; None where there are none. A reader may have reoriented it."""
+    matrix = affine(properties)
+    return None if matrix is None else "".join(code or "?" for code in nibabel.aff2axcodes(matrix))
+
+
+def read_images(
+    files: list[Path], reader: type[BaseReaderWriter], num_channels: int
+) -> tuple[np.ndarray, dict, list[str]]:
+    """The case's (C, Z, Y, X) images and properties, read as nnU-Net reads them and checked, and nnU-Net's warnings.
 
     Raises:
         CaseError: naming the file, if it is damaged, 4D, or has voxels that are no numbers.
     """
-    printed = io.StringIO()
     for file in files:
         check_there(file)
-    try:
-        for file in files:
-            check_nifti(file)
-        with redirect_stdout(printed):
-            data, properties = plans.image_reader_writer_class().read_images([str(f) for f in files])
-    except CaseError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{printed.getvalue()} {error}".split())[:300]
-        raise CaseError(f"{files[0]} cannot be read ({reason}). Copy or convert it again, or remove it") from None
+        check_nifti(file)
+    warnings = []
+    if issubclass(reader, Tiff3DIO):
+        warnings.append(check_sidecar(files[0], channel=True))
+    data, properties, printed = run_reader(lambda: reader().read_images([str(file) for file in files]), files[0])
+    if not issubclass(reader, Tiff3DIO):
+        # A line for each: what differs, and the values.
+        for text in re.split("WARNING!? *", printed)[1:]:
+            warnings.append(f"{files[0]}: {' '.join(text.partition('Image files')[0].split())[:300]}")
     if len(data) != num_channels:
+        if issubclass(reader, NaturalImage2DIO):
+            raise CaseError(
+                f"{files[0]} has {len(data)} channels, the labeled cases have {num_channels}. Save it "
+                f"{'without transparency' if len(data) == 4 else 'with the same channels'}, or remove it"
+            )
         raise CaseError(
             f"{files[0]} holds {len(data)} channel(s) or volumes, but the dataset has {num_channels} channel(s). Split "
             "a 4D image into one file for each time point, and give one file for each channel"
         )
     for channel, file in zip(data, files):
         _check_finite(channel, file)
-    return data, properties
+    return data, properties, [warning for warning in warnings if warning]
+
+
+def run_reader(read: Callable[[], tuple[np.ndarray, dict]], file: Path) -> tuple[np.ndarray, dict, str]:
+    """What ``read`` returns, and what nnU-Net prints meanwhile.
+
+    Raises:
+        CaseError: naming ``file``, if it cannot be read.
+    """
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            return *read(), printed.getvalue()
+    except Exception as error:
+        reason = " ".join(f"{printed.getvalue()} {error}".split())[:300] or type(error).__name__
+        raise CaseError(f"{file} cannot be read ({reason}). Copy or convert it again, or remove it") from None
 
 
 def _check_finite(voxels: np.ndarray, file: Path) -> None:
@@ -339,7 +453,8 @@ def check_nifti(file: Path) -> None:
     SimpleITK turns NaN into 0 and fills the missing part of a truncated file with anything, without a word.
     """
     if file.name.endswith((".nii", ".nii.gz")):
-        _check_finite(np.asanyarray(nibabel.load(file).dataobj), file)
+        voxels, *_ = run_reader(lambda: (np.asanyarray(nibabel.load(file).dataobj), {}), file)
+        _check_finite(voxels, file)
 
 
 def content_hash(data: np.ndarray) -> str:

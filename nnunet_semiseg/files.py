@@ -74,7 +74,7 @@ def read_json(file: Path, keys: Iterable[str] = (), cure: str = "Restore it, or 
 
 
 def read_table(file: Path, columns: Iterable[str] = (), cure: str = "Restore it, or make it again") -> list[dict]:
-    """The rows of a CSV file with a header.
+    """The rows of a table with a header, whose columns are separated by commas, semicolons or tabs.
 
     Args:
         columns: That it has to have.
@@ -84,7 +84,10 @@ def read_table(file: Path, columns: Iterable[str] = (), cure: str = "Restore it,
         OSError, ValueError: naming the file, and the column that is missing.
     """
     # Spreadsheets put a mark in front of UTF-8.
-    reader = csv.DictReader(io.StringIO(read_text(file, "utf-8-sig"), newline=""))
+    text = read_text(file, "utf-8-sig")
+    header = text.partition("\n")[0]
+    # Spreadsheets write semicolons where a comma is the decimal point.
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
     try:
         rows = list(reader)
     except csv.Error as error:

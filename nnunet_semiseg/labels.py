@@ -32,6 +32,12 @@ class LabelAdapter:
             list(label_manager.foreground_regions) if self.has_regions else list(label_manager.foreground_labels)
         )
 
+    @property
+    def parents(self) -> list[list[int]]:
+        """For each of the K foreground classes or regions, those that contain all of its label values, and more."""
+        values = [{label} if isinstance(label, int) else set(label) for label in self.foreground_names]
+        return [[p for p, outer in enumerate(values) if own < outer] for own in values]
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """(B, C, *) logits to (B, C, *) float32 probabilities."""
         return torch.sigmoid(logits.float()) if self.has_regions else torch.softmax(logits.float(), 1)

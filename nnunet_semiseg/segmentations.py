@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
+import tifffile
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_semiseg.datasets import CaseError, check_nifti, check_there, read_dataset_json
-from nnunet_semiseg.files import visible_files, whole
+from nnunet_semiseg.datasets import (
+    CaseError,
+    affine,
+    check_nifti,
+    check_sidecar,
+    check_there,
+    dataset_reader,
+    plans_reader,
+    read_dataset_json,
+    run_reader,
+    sidecar,
+)
+from nnunet_semiseg.files import read_json, visible_files, whole, write_json
 
 # Longest first: .nii.gz ends in .gz.
-FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".tiff", ".tif", ".png", ".bmp")
+FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".tiff", ".tif", ".png", ".bmp")
 # How far two positions of the same voxel may be apart, as a share of the spacing.
 GEOMETRY_TOLERANCE = 1e-2
 
@@ -153,7 +174,11 @@ def find_files(folder: Path, ending: str | None = None, more: tuple[str, ...] = 
         if own:
             found.setdefault(own, {})[file.name[: -len(own)]] = file
     if not found:
-        raise FileNotFoundError(f"{folder} has no files that end in {' or '.join(endings)}")
+        looked_for = ending or f"{', '.join(FILE_ENDINGS[:3])} or another ending of an image"
+        there = sorted(path.name for path in folder.iterdir())
+        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        what = f"It holds {there[0]}{others}" if there else "It is empty"
+        raise FileNotFoundError(f"{folder} has no files that end in {looked_for}. {what}")
     if len(found) > 1:
         raise ValueError(f"{folder} has files that end in {' and in '.join(found)}. Keep those of one kind there")
     return next(iter(found.values()))
@@ -178,17 +203,181 @@ def patients_of(cases: Iterable[str], pattern: str) -> list[str]:
 
 
 def version(path: Path) -> list[tuple[str, int, int]]:
-    """Path, size in bytes and time of change in ns of a file, or of all files in a folder: what tells a new one.
+    """Path, size in bytes and time of change in ns of a file and its sidecar, or of all in a folder.
 
-    A file that is gone has no version; it is for its reader to say so.
+    They tell whether something is new. A file that is gone has no version; it is for its reader to say so.
     """
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*")) if path.is_dir() else [path, sidecar(path, channel=False)]
     files = [file for file in files if file.is_file()]
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of a file are, and what it takes to write another file of the same voxels.
+
+    Args:
+        shape, spacing: Of the array: (Z, Y, X), or (Y, X) of a 2D file; in mm.
+        origin, direction: Of the first voxel in mm and of the axes, x first, as ITK has them (to the left, back and
+            up); None where the format has no positions.
+        reader: nnU-Net's.
+        properties: nnU-Net's.
+        warning: What the reader had to assume, or None.
+    """
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...] | None = None
+    direction: tuple[float, ...] | None = None
+    reader: type[BaseReaderWriter] = SimpleITKIO
+    properties: dict | None = None
+    warning: str | None = None
+
+    @classmethod
+    def of_image(cls, image: sitk.Image) -> Geometry:
+        """As SimpleITKIO has it."""
+        spacing = image.GetSpacing()
+        stuff = {"spacing": spacing, "origin": image.GetOrigin(), "direction": image.GetDirection()}
+        # nnU-Net's images are 3D.
+        of_array = [*([999 * max(spacing)] if len(spacing) == 2 else []), *spacing[::-1]]
+        return cls(
+            image.GetSize()[::-1],
+            spacing[::-1],
+            image.GetOrigin(),
+            image.GetDirection(),
+            properties={"sitk_stuff": stuff, "spacing": of_array},
+        )
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], reader: type[BaseReaderWriter], properties: dict, warning=None) -> Geometry:
+        """Of a (Z, Y, X) or (Y, X) array that nnU-Net's reader gave, with one slice for a 2D file."""
+        spacing = tuple(float(s) for s in properties["spacing"])[-len(shape) :]
+        origin = direction = None
+        if "sitk_stuff" in properties:
+            origin, direction = properties["sitk_stuff"]["origin"], properties["sitk_stuff"]["direction"]
+        elif "nibabel_stuff" in properties:
+            matrix = np.diag([-1, -1, 1]) @ affine(properties)[:3]
+            origin = tuple(matrix[:, 3].tolist())
+            direction = tuple((matrix[:, :3] / np.linalg.norm(matrix[:, :3], axis=0)).ravel().tolist())
+        return cls(shape, spacing, origin, direction, reader, properties, warning)
+
+
+def find_reader(*folders: Path) -> type[BaseReaderWriter] | None:
+    """nnU-Net's reader for label maps in these folders, by plans.json or dataset.json there (the first that tells).
+
+    Returns:
+        None where nothing tells, and the files' ending decides.
+
+    Raises:
+        OSError, ValueError: naming the JSON file that is damaged.
+    """
+    for folder in map(Path, folders):
+        # nnU-Net writes both to predictions.
+        file = folder / "plans.json"
+        if file.is_file():
+            return plans_reader(read_json(file, ("image_reader_writer",)), file)
+        file = folder / "dataset.json"
+        reader = dataset_reader(read_dataset_json(file)) if file.is_file() else None
+        if reader:
+            return reader
+    return None
+
+
+def read_voxels(file: Path, reader: type[BaseReaderWriter] | None = None) -> tuple[np.ndarray, Geometry]:
+    """An image, label map or map of shares, as nnU-Net reads it.
+
+    Args:
+        reader: nnU-Net's; None for the first of those for the file's ending that can read it, as nnU-Net chooses.
+
+    Returns:
+        (C, Z, Y, X), or (C, Y, X) of a 2D file; of C channels, and (C, T, Z, Y, X) of a series.
+
+    Raises:
+        CaseError: naming the file, if it is missing, damaged, or has voxels that are NaN or infinite.
+    """
+    file = Path(file)
+    first_error = None
+    for candidate in (reader,) if reader else _readers(file):
+        try:
+            return _read_voxels(file, candidate)
+        except CaseError as error:
+            # What is missing is missing for all.
+            first_error = first_error or error
+    raise first_error
+
+
+def _readers(file: Path) -> list[type[BaseReaderWriter]]:
+    """nnU-Net's readers to try for a file."""
+    ending = next((e for e in FILE_ENDINGS if file.name.endswith(e)), file.suffix).lower()
+    fitting = [reader for reader in LIST_OF_IO_CLASSES if ending in reader.supported_file_endings]
+    if Tiff3DIO in fitting and sidecar(file, channel=False).is_file():
+        # skimage takes 3 or 4 slices for colors.
+        return sorted(fitting, key=lambda reader: reader is not Tiff3DIO)
+    # nnU-Net tries it for all other endings, too. Of .nii it gives what NibabelIO does, with less memory.
+    return [SimpleITKIO, *fitting] if ending == ".nii" else [*fitting, *({SimpleITKIO} - set(fitting))]
+
+
+def _read_voxels(file: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, Geometry]:
+    if reader is SimpleITKIO:
+        # In the type of the file: nnU-Net's single precision takes four times the memory for a label map.
+        image = read_image(file)
+        voxels = sitk.GetArrayFromImage(image)
+        several = image.GetNumberOfComponentsPerPixel() > 1
+        return np.moveaxis(voxels, -1, 0) if several else voxels[None], Geometry.of_image(image)
+    check_there(file)
+    check_nifti(file)
+    warning = check_sidecar(file, channel=False) if issubclass(reader, Tiff3DIO) else None
+    voxels, properties, _ = run_reader(lambda: reader().read_seg(str(file)), file)
+    if issubclass(reader, NaturalImage2DIO) or len(properties.get("sitk_stuff", {}).get("spacing", "123")) == 2:
+        voxels = voxels[:, 0]
+    return voxels, Geometry.of(voxels.shape[1:], reader, properties, warning)
+
+
+def read_labels(
+    file: Path, known: frozenset[int] | None = None, reader: type[BaseReaderWriter] | None = None
+) -> tuple[np.ndarray, Geometry]:
+    """A label map as ((Z, Y, X) or (Y, X) array of the smallest unsigned type, its geometry).
+
+    Whole numbers stored as floating point are accepted: many tools write them so.
+
+    Args:
+        known: The label values that are allowed; None for any from 0 to 65535.
+        reader: See ``read_voxels``.
+
+    Raises:
+        CaseError: naming the file, if it is damaged, or has several channels, fractions, or labels that are not known.
+    """
+    voxels, geometry = read_voxels(file, reader)
+    return check_labels(voxels, file, known), geometry
+
+
+def check_labels(voxels: np.ndarray, file: Path, known: frozenset[int] | None = None) -> np.ndarray:
+    """The label map of (C, ...) voxels that were read from ``file``; otherwise as ``read_labels``."""
+    if len(voxels) > 1:
+        raise CaseError(
+            f"{file} has several channels. A label map has one whole number for each voxel, not a color or a palette"
+        )
+    voxels = voxels[0]
+    low, high = (voxels.min(), voxels.max()) if voxels.size else (0, 0)
+    if voxels.dtype.kind == "f" and not np.array_equal(voxels, np.rint(voxels)):
+        raise CaseError(
+            f"{file} has fractions, such as {voxels[voxels != np.rint(voxels)][0]:.3g}. A label map has "
+            "whole numbers: is this an image, a probability, or a map resampled with interpolation?"
+        )
+    if low < 0 or high > 65535:
+        raise CaseError(f"{file} has the label {low if low < 0 else high:.0f}. Labels are from 0 to 65535")
+    labels = voxels.astype(np.uint8 if high < 256 else np.uint16, copy=False)
+    if known is not None:
+        unknown = sorted(set(np.unique(labels).tolist()) - known)
+        if unknown:
+            raise CaseError(
+                f"{file} has the label {unknown[0]}, but only {', '.join(map(str, sorted(known)))} are known"
+            )
+    return labels
+
+
 def read_image(file: Path) -> sitk.Image:
-    """An image of any format that SimpleITK reads.
+    """An image of any format that SimpleITK reads: of no dataset yet, or of one whose reader is SimpleITKIO.
 
     Raises:
         CaseError: naming the file, if it is missing, damaged, or has voxels that are NaN or infinite.
@@ -206,49 +395,65 @@ def read_image(file: Path) -> sitk.Image:
         ) from None
 
 
-def read_labels(file: Path, known: frozenset[int] | None = None) -> tuple[np.ndarray, sitk.Image]:
-    """A label map as ((Z, Y, X) or (Y, X) array of the smallest unsigned type, image whose geometry it has).
-
-    Whole numbers stored as floating point are accepted: many tools write them so.
+def write_labels(file: Path, labels: np.ndarray, like: Geometry) -> None:
+    """Write a label map as nnU-Net does, with the geometry of ``like``; it appears when it is complete.
 
     Args:
-        known: The label values that are allowed; None for any from 0 to 65535.
+        labels: (Z, Y, X) or (Y, X), as read from a file with this geometry.
 
     Raises:
-        CaseError: naming the file, if it is damaged, or has several channels, fractions, or labels that are not known.
+        OSError: naming the file, if it cannot be written, as when the disk is full.
     """
-    image = read_image(file)
-    return labels_of(image, file, known), image
+    seg = labels.reshape((1,) * (3 - labels.ndim) + labels.shape)
+    with _complete(file) as temporary:
+        like.reader().write_seg(seg, str(temporary), like.properties)
 
 
-def labels_of(image: sitk.Image, file: Path, known: frozenset[int] | None = None) -> np.ndarray:
-    """The label map of an image that was read from ``file`` in another way; otherwise as ``read_labels``."""
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        raise CaseError(f"{file} has several channels. A label map has one whole number for each voxel")
-    voxels = sitk.GetArrayViewFromImage(image)
-    low, high = (voxels.min(), voxels.max()) if voxels.size else (0, 0)
-    if voxels.dtype.kind == "f" and not np.array_equal(voxels, np.rint(voxels)):
-        raise CaseError(
-            f"{file} has fractions, such as {voxels[voxels != np.rint(voxels)][0]:.3g}. A label map has "
-            "whole numbers: is this an image, a probability, or a map resampled with interpolation?"
-        )
-    if low < 0 or high > 65535:
-        raise CaseError(f"{file} has the label {low if low < 0 else high:.0f}. Labels are from 0 to 65535")
-    labels = voxels.astype(np.uint8 if high < 256 else np.uint16)
-    if known is not None:
-        unknown = sorted(set(np.unique(labels).tolist()) - known)
-        if unknown:
-            raise CaseError(
-                f"{file} has the label {unknown[0]}, but only {', '.join(map(str, sorted(known)))} are known"
-            )
-    return labels
+def write_map(file: Path, values: np.ndarray, like: Geometry) -> None:
+    """Write floating point numbers, which nnU-Net's readers read but do not write; otherwise as ``write_labels``."""
+    properties = like.properties
+    with _complete(file) as temporary:
+        if "sitk_stuff" in properties:
+            stuff = properties["sitk_stuff"]
+            image = sitk.GetImageFromArray(values)
+            image.SetSpacing(stuff["spacing"])
+            image.SetOrigin(stuff["origin"])
+            image.SetDirection(stuff["direction"])
+            if "original_orientation" in stuff:
+                image = sitk.DICOMOrient(image, stuff["original_orientation"])
+            sitk.WriteImage(image, str(temporary), True)
+        elif "nibabel_stuff" in properties:
+            stuff = properties["nibabel_stuff"]
+            image = nibabel.Nifti1Image(values.T, affine(properties))
+            back = ornt_transform(axcodes2ornt("RAS"), io_orientation(stuff["original_affine"]))
+            nibabel.save(image.as_reoriented(back) if "reoriented_affine" in stuff else image, temporary)
+        else:
+            tifffile.imwrite(temporary, values, compression="zlib")
+            if issubclass(like.reader, Tiff3DIO):
+                write_json(sidecar(temporary, channel=False), {"spacing": properties["spacing"]})
 
 
-def write_labels(file: Path, labels: np.ndarray, like: sitk.Image) -> None:
-    """Write an array with the geometry of ``like``, as ``write_image``."""
-    image = sitk.GetImageFromArray(labels)
-    image.CopyInformation(like)
-    write_image(file, image)
+@contextmanager
+def _complete(file: Path):
+    """A path to write an image to. With the file its sidecar appears, if one is written."""
+    with whole(file) as temporary:
+        beside = sidecar(temporary, channel=False)
+        try:
+            try:
+                yield temporary
+                complete = _ends_as_written(temporary)
+            except (RuntimeError, OSError):
+                complete = False
+            if not complete:
+                free = shutil.disk_usage(temporary.parent).free / 1e6
+                raise OSError(
+                    f"{file} could not be written ({free:.0f} MB are free there). If the disk is full, free some "
+                    "space; then run the command again"
+                )
+            if beside.is_file():
+                os.replace(beside, sidecar(Path(file), channel=False))
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_image(file: Path, image: sitk.Image) -> None:
@@ -257,26 +462,19 @@ def write_image(file: Path, image: sitk.Image) -> None:
     Raises:
         OSError: naming the file, if it cannot be written, as when the disk is full.
     """
-    size = image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
-    with whole(file) as temporary:
-        try:
-            sitk.WriteImage(image, str(temporary), useCompression=True)
-            complete = _ends_as_written(temporary, size)
-        except RuntimeError:
-            complete = False
-        if not complete:
-            free = shutil.disk_usage(temporary.parent).free / 1e6
-            raise OSError(
-                f"{file} could not be written ({free:.0f} MB are free there). If the disk is full, free some space; "
-                "then run the command again"
-            )
+    with _complete(file) as temporary:
+        sitk.WriteImage(image, str(temporary), useCompression=True)
 
 
-def _ends_as_written(file: Path, size: int) -> bool:
-    """Whether a file has all ``size`` bytes of voxels: on a full disk SimpleITK cuts NIfTI without a word."""
+def _ends_as_written(file: Path) -> bool:
+    """Whether a file has all of its voxels: on a full disk SimpleITK cuts NIfTI without a word."""
     if not file.name.endswith((".nii", ".nii.gz")):
         return True
-    size += 352  # the header
+    try:
+        nifti = nibabel.load(file)
+    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError):
+        return False
+    size = nifti.dataobj.offset + math.prod(nifti.shape) * nifti.get_data_dtype().itemsize
     if file.name.endswith(".nii"):
         return file.stat().st_size >= size
     with open(file, "rb") as stream:
@@ -285,21 +483,28 @@ def _ends_as_written(file: Path, size: int) -> bool:
         return int.from_bytes(stream.read(), "little") == size % 2**32
 
 
-def geometry_difference(first: sitk.Image, second: sitk.Image) -> str | None:
-    """What differs in size, spacing, position or direction, or None if a voxel of both is the same place."""
-    if first.GetSize() != second.GetSize():
-        return f"sizes {_times(first.GetSize())} and {_times(second.GetSize())}"
-    spacings = [np.array(image.GetSpacing()) for image in (first, second)]
+def geometry_difference(first: Geometry, second: Geometry) -> str | None:
+    """What differs in size, spacing, position or direction, or None if a voxel of both is the same place.
+
+    Positions and directions are compared if both have them.
+    """
+    sizes = [np.array(geometry.shape[::-1]) for geometry in (first, second)]
+    if first.shape != second.shape:
+        return f"sizes {_times(sizes[0])} and {_times(sizes[1])}"
+    spacings = [np.array(geometry.spacing[::-1]) for geometry in (first, second)]
     tolerance = GEOMETRY_TOLERANCE * spacings[0]
     # Over the whole image, or a small difference of spacing would shift its far end.
-    if (np.abs(spacings[0] - spacings[1]) * np.array(first.GetSize()) > spacings[0] / 2).any() or (
+    if (np.abs(spacings[0] - spacings[1]) * sizes[0] > spacings[0] / 2).any() or (
         np.abs(spacings[0] - spacings[1]) > tolerance
     ).any():
-        return f"spacings {_times(spacings[0])} and {_times(spacings[1])} mm"
-    if not np.allclose(first.GetDirection(), second.GetDirection(), atol=1e-3):
+        assumed = [f". {geometry.warning}" for geometry in (first, second) if geometry.warning]
+        return f"spacings {_times(spacings[0])} and {_times(spacings[1])} mm{''.join(assumed)}"
+    if None in (first.origin, second.origin):
+        return None
+    if not np.allclose(first.direction, second.direction, atol=1e-3):
         return "directions"
-    if (np.abs(np.subtract(first.GetOrigin(), second.GetOrigin())) > np.maximum(tolerance, 1e-3)).any():
-        return f"origins {_shown(first.GetOrigin())} and {_shown(second.GetOrigin())} mm"
+    if (np.abs(np.subtract(first.origin, second.origin)) > np.maximum(tolerance, 1e-3)).any():
+        return f"origins {_shown(first.origin)} and {_shown(second.origin)} mm"
     return None
 
 
@@ -308,4 +513,5 @@ def _times(values) -> str:
 
 
 def _shown(values) -> str:
-    return f"({', '.join(f'{value:.6g}' for value in values)})"
+    # Without a minus before zero.
+    return f"({', '.join(f'{value + 0.0:.6g}' for value in values)})"

@@ -15,7 +15,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_semiseg.data.preprocessing import SUFFIXES, preprocess_cases
 from nnunet_semiseg.data.splits import read_splits
 from nnunet_semiseg.data.unlabeled import store_folder
-from nnunet_semiseg.datasets import CaseError, Dataset, check_there
+from nnunet_semiseg.datasets import CaseError, Dataset, check_there, sidecar
 from nnunet_semiseg.files import link, read_json, visible_files, write_json
 
 
@@ -205,18 +205,14 @@ class NextDataset:
         shutil.rmtree(unfinished, ignore_errors=True)
         ending = self.first.file_ending
 
-        def put(case: str, files: list[Path], folder: str) -> None:
-            for channel, file in enumerate(files):
-                link(file, unfinished / folder / f"{case}_{channel:04d}{ending}")
-
         for case, (files, label) in self.cases.labeled.items():
-            put(case, files, "imagesTr")
-            link(label, unfinished / "labelsTr" / f"{case}{ending}")
+            link_images(files, unfinished / "imagesTr", case, ending)
+            link_labels(label, unfinished / "labelsTr" / f"{case}{ending}")
         for case, label in self.pseudo.items():
-            put(case, self.cases.unlabeled[case], "imagesTr")
-            link(label, unfinished / "labelsTr" / f"{case}{ending}")
+            link_images(self.cases.unlabeled[case], unfinished / "imagesTr", case, ending)
+            link_labels(label, unfinished / "labelsTr" / f"{case}{ending}")
         for case, files in self.remaining.items():
-            put(case, files, "imagesUn")
+            link_images(files, unfinished / "imagesUn", case, ending)
         description = {key: value for key, value in self.first.json.items() if key != "dataset"}
         description |= {
             "labels": self._labels(),
@@ -272,6 +268,24 @@ class NextDataset:
             of = self.cases.folds.get(fold) or next(iter(self.cases.folds.values()))
             splits.append({"train": of["train"] * self.repeat_real + sorted(self.pseudo), "val": of["val"]})
         return splits
+
+
+def link_images(files: list[Path], folder: Path, case: str, ending: str) -> None:
+    """Link a case's channels as CASE_0000 and so on, and the file of their spacing, if they have one."""
+    links = [folder / f"{case}_{channel:04d}{ending}" for channel in range(len(files))]
+    spacing = sidecar(files[0], channel=True)
+    if spacing.is_file():
+        link(spacing, sidecar(links[0], channel=True))
+    for file, target in zip(files, links):
+        link(file, target)
+
+
+def link_labels(file: Path, target: Path) -> None:
+    """Link a label map, and the file of its spacing, if it has one."""
+    spacing = sidecar(file, channel=False)
+    if spacing.is_file():
+        link(spacing, sidecar(target, channel=False))
+    link(file, target)
 
 
 def _made(file: Path) -> Path:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import SimpleITK as sitk
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunet_semiseg.segmentations import Classes, read_image, read_labels
+from nnunet_semiseg.datasets import affine
+from nnunet_semiseg.segmentations import Classes, read_labels, read_voxels
 
 ACCEPTED, REJECTED = "#1b7837", "#b35806"
 COLORS = matplotlib.colormaps["tab20"].colors[::2] + matplotlib.colormaps["tab20"].colors[1::2]
@@ -88,7 +90,13 @@ def lines(series: Mapping[str, Sequence[float | None]], ticks: Sequence[str], la
         return _uri(figure, "svg+xml")
 
 
-def case_picture(image_file: Path, labels_file: Path, disagreement_file: Path, classes: Classes) -> str:
+def case_picture(
+    image_file: Path,
+    labels_file: Path,
+    disagreement_file: Path,
+    classes: Classes,
+    reader: type[BaseReaderWriter] | None = None,
+) -> str:
     """Three planes through the middle of the consensus; one for a 2D image.
 
     Contours are the consensus, a color for each class or region; the more members disagree, the redder.
@@ -96,15 +104,15 @@ def case_picture(image_file: Path, labels_file: Path, disagreement_file: Path, c
     Raises:
         CaseError: naming the file that cannot be read.
     """
-    labels, label_image = read_labels(labels_file, classes.known)
-    volumes = [read_image(image_file), label_image, read_image(disagreement_file)]
-    if volumes[0].GetDimension() == 3:
+    labels, geometry = read_labels(labels_file, classes.known, reader)
+    image, disagreement = (read_voxels(file, geometry.reader)[0][0] for file in (image_file, disagreement_file))
+    spacing = geometry.spacing
+    matrix = affine(geometry.properties)
+    if matrix is not None:
         # Rows to the back and slices to the head, so that every plane has its usual side up.
-        volumes = [sitk.DICOMOrient(volume, "LPS") for volume in volumes]
-    image, labels, disagreement = (sitk.GetArrayFromImage(volume) for volume in volumes)
-    if image.ndim > labels.ndim:
-        image = image[..., 0]
-    spacing = volumes[0].GetSpacing()[::-1]
+        turn = ornt_transform(io_orientation(matrix), axcodes2ornt("LPS"))
+        image, labels, disagreement = (apply_orientation(array.T, turn).T for array in (image, labels, disagreement))
+        spacing = tuple(spacing[::-1][int(axis)] for axis in np.argsort(turn[:, 0]))[::-1]
     if labels.ndim == 2:
         image, labels, disagreement, spacing = image[None], labels[None], disagreement[None], (1.0, *spacing)
     inside = np.argwhere(labels > 0)

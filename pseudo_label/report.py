@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nnunet_semiseg.files import read_json, read_table, write_json, write_text
+from nnunet_semiseg.files import read_table, write_json, write_text
 from nnunet_semiseg.segmentations import find_files
 from nnunet_semiseg.trainers.options import build_options
 from nnunet_semiseg.trainers.registry import find_trainer
@@ -16,8 +16,8 @@ from pseudo_label import pictures
 from pseudo_label.executors import HEADER
 from pseudo_label.manifest import Manifest
 from pseudo_label.rounds import Member
-from pseudo_label.scores import read_scores
-from pseudo_label.selection_files import scored_classes
+from pseudo_label.scores import read_labeled_volumes, read_scores
+from pseudo_label.selection_files import scored_classes, scored_reader
 
 # Cases of each kind that are shown as pictures.
 SHOWN = 2
@@ -151,8 +151,7 @@ def _pictures(folder: Path, content: dict) -> dict:
     scored = [of for of in rounds if of["cases"]]
     if scored:
         ticks, means = _ticks(scored), [of["volumes_mm3"] for of in scored]
-        file = folder / "round_1" / "scores" / "labeled_volumes.json"
-        labeled = list(read_json(file).values()) if file.is_file() else []
+        labeled = list(read_labeled_volumes(folder / "round_1" / "scores").values())
         if labeled:
             ticks = ["labeled", *ticks]
             means = [{name: sum(v[name] for v in labeled) / len(labeled) for name in labeled[0]}, *means]
@@ -195,7 +194,7 @@ def _case_pictures(folder: Path, cases: list[dict]) -> list[dict]:
         "Borderline": [*accepted[-SHOWN:], *rejected[:SHOWN]] if accepted and rejected else [],
         "Worst": cases[-SHOWN:],
     }
-    classes = scored_classes(folder / "scores")
+    classes, reader = scored_classes(folder / "scores"), scored_reader(folder / "scores")
     consensus, disagreement = (find_files(folder / "scores" / kind) for kind in ("consensus", "disagreement"))
     images = find_files(folder / "images")
     seen, shown = set(), []
@@ -204,6 +203,7 @@ def _case_pictures(folder: Path, cases: list[dict]) -> list[dict]:
             name = case["case"]
             if name not in seen:
                 seen.add(name)
-                picture = pictures.case_picture(images[f"{name}_0000"], consensus[name], disagreement[name], classes)
+                files = (images[f"{name}_0000"], consensus[name], disagreement[name])
+                picture = pictures.case_picture(*files, classes, reader)
                 shown.append({"title": title, "case": case, "picture": picture})
     return shown

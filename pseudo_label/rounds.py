@@ -9,20 +9,30 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.datasets import CaseError, Dataset
-from nnunet_semiseg.files import link, read_json
+from nnunet_semiseg.files import read_json
 from nnunet_semiseg.parallel import over_cases
 from nnunet_semiseg.segmentations import Classes, read_labels
 from nnunet_semiseg.trainers.options import MAX_NAME, OptionError, check_folder_name
 from nnunet_semiseg.trainers.registry import find_trainer
 from pseudo_label.executors import Failure, Job, end_of, lock
 from pseudo_label.manifest import Manifest
-from pseudo_label.next_dataset import NextDataset, free_ids, read_cases, release_id, reserve_id, used_ids
-from pseudo_label.scores import CaseScore, read_scores, score_members
+from pseudo_label.next_dataset import (
+    NextDataset,
+    free_ids,
+    link_images,
+    link_labels,
+    read_cases,
+    release_id,
+    reserve_id,
+    used_ids,
+)
+from pseudo_label.scores import CaseScore, read_labeled_volumes, read_scores, score_members
 from pseudo_label.selection import Rules, select, to_annotate
 from pseudo_label.selection_files import export_for_annotation, ignore_value, write_selection
 
@@ -162,16 +172,7 @@ class Rounds:
             excess = len(f".predict_{member.name}_part{parts - 1}.log.lock".encode()) - MAX_NAME
             if excess > 0:
                 raise ValueError(f"The name of member {member.name} is {excess} characters too long. Set fewer options")
-        if plans.plans["image_reader_writer"] == "Tiff3DIO":
-            raise ValueError(
-                "3D TIFF files keep their spacing in files of their own, which rounds do not hand on. Convert the "
-                "images to .nii.gz: nnunet_semiseg convert generic"
-            )
-        if self._needs_probabilities and plans.plans["image_reader_writer"].endswith("WithReorient"):
-            raise ValueError(
-                f"{s.plans} read images with {plans.plans['image_reader_writer']}, which writes probabilities in "
-                "another orientation than label maps. Use --consensus majority"
-            )
+        self.reader = plans.image_reader_writer_class
         self.cases = read_cases(self.first, sorted({member.fold for member in self.members}))
         self.manifest = Manifest.open(self.folder / "manifest.json", json.loads(json.dumps(asdict(s))))
         self._check_cases()
@@ -379,8 +380,7 @@ class Rounds:
         images = self.round_folder(number) / "images"
         remaining = self._next(number).remaining
         for case, files in remaining.items():
-            for channel, file in enumerate(files):
-                link(file, images / f"{case}_{channel:04d}{self.first.file_ending}")
+            link_images(files, images, case, self.first.file_ending)
         self._predict(number, remaining)
         # A kill of an earlier call, or of a job that the executor tried again, cuts off files, which
         # --continue_prediction takes for finished. They are looked for only now: jobs on a cluster go on after a kill
@@ -415,7 +415,7 @@ class Rounds:
 
     def _damaged(self, number: int, cases) -> list[Path]:
         jobs = {
-            f"{member.name} {case}": (self._prediction_files(number, member, case), self.classes)
+            f"{member.name} {case}": (self._prediction_files(number, member, case), self.classes, self.reader)
             for member in self.members
             for case in cases
         }
@@ -436,6 +436,7 @@ class Rounds:
             processes=self.processes,
             # On the few cases that are left members that differ may agree.
             allow_identical=number > 1,
+            reader=self.reader,
         )
         of["score_command"] = shlex.join(self._score_command(number))
         of["drift"] = self._drift(number, scores)
@@ -443,12 +444,13 @@ class Rounds:
 
     def _select_step(self, number: int, of: dict) -> None:
         scores, s = self._scores(number), self.settings
-        decisions = select(scores, s.rules)
+        decisions = select(scores, s.rules, read_labeled_volumes(self.scored(number)))
         folder = self.round_folder(number) / "selection"
         of["select_command"] = shlex.join(self._select_command(number))
         of["accepted"] = [case for case, decision in decisions.items() if decision.accepted]
         left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
-        of["annotate"] = to_annotate(left, s.annotate)
+        lacking = {case for case, decision in decisions.items() if decision.lacking}
+        of["annotate"] = to_annotate(left, s.annotate, lacking)
         if of["annotate"]:
             images = {case: self.cases.unlabeled[case] for case in of["annotate"]}
             export_for_annotation(
@@ -479,7 +481,7 @@ class Rounds:
         """
         volumes = _volumes(scores, scores)
         if number == 1:
-            labeled = read_json(self.scored(1) / "labeled_volumes.json")
+            labeled = read_labeled_volumes(self.scored(1))
             compared = [("the labeled cases", list(labeled.values()), DRIFT_FROM_LABELED)]
         else:
             # In round 2 the round before is round 1.
@@ -502,7 +504,7 @@ class Rounds:
     def _labels_of_training_cases(self) -> Path:
         """A folder of links: the volumes of hidden and of validation cases are none of the rounds' business."""
         for case in self.cases.training:
-            link(self.cases.labeled[case][1], self._labeled / f"{case}{self.first.file_ending}")
+            link_labels(self.cases.labeled[case][1], self._labeled / f"{case}{self.first.file_ending}")
         return self._labeled
 
     # ---------------------------------------------------------------------------------------------- names and commands
@@ -657,6 +659,8 @@ class Rounds:
         for flag, values in pairs.items():
             command += [flag, *(f"{name}={value}" for name, value in values.items())] if values else []
         command += ["--balanced"] if rules.balanced else []
+        command += ["--presence", "off" if rules.presence is None else str(rules.presence)]
+        command += ["--may-be-absent", *rules.may_be_absent] if rules.may_be_absent else []
         s = self.settings
         command += ["--min-agreement", str(s.min_agreement)] if s.min_agreement else []
         images = str(self.round_folder(number) / "images")
@@ -673,10 +677,10 @@ def _mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _damaged_files(files: list[Path], classes: Classes) -> list[Path]:
+def _damaged_files(files: list[Path], classes: Classes, reader: type[BaseReaderWriter]) -> list[Path]:
     """Those of a case's label map and probabilities that are cut off; both, or nnU-Net would write only one."""
     try:
-        read_labels(files[0], classes.known)
+        read_labels(files[0], classes.known, reader)
     except CaseError:
         return files
     return files if not all(zipfile.is_zipfile(file) for file in files[1:]) else []

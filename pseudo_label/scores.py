@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_semiseg.datasets import CaseError
 from nnunet_semiseg.files import read_json, write_csv, write_json
@@ -22,10 +22,12 @@ from nnunet_semiseg.parallel import DEFAULT_PROCESSES, over_cases
 from nnunet_semiseg.segmentations import (
     FILE_ENDINGS,
     Classes,
+    Geometry,
     find_files,
     geometry_difference,
     read_labels,
     write_labels,
+    write_map,
 )
 from pseudo_label.consensus import count_components, mean_probabilities, staple, tally
 
@@ -203,6 +205,7 @@ def score_members(
     overwrite: bool = False,
     allow_identical: bool = False,
     hidden: Collection[str] = (),
+    reader: type[BaseReaderWriter] | None = None,
 ) -> dict[str, CaseScore]:
     """Consensus and scores of all cases in the folders of two or more members.
 
@@ -221,6 +224,7 @@ def score_members(
         overwrite: Remove what an earlier call left in ``out`` first.
         allow_identical: Members may agree in every voxel of every case.
         hidden: Cases in ``labeled`` whose label maps are not read.
+        reader: nnU-Net's of all label maps; None for that of the files' ending.
 
     Returns:
         {case: its scores}, sorted.
@@ -248,6 +252,7 @@ def score_members(
         "classes": {name: list(values) for name, values in zip(classes.names, classes.values)},
         "regions_class_order": classes.region_order and list(classes.region_order),
         "ignore": classes.ignore,
+        "reader": reader and reader.__name__,
     }
     _check_out(out, settings, overwrite)
     done = set() if overwrite else {file.stem for file in (out / "cases").glob("[!.]*.json")}
@@ -257,23 +262,24 @@ def score_members(
             f"{out} has the case {stale[0]}, which the members no longer have. Use --overwrite, or another -o"
         )
     if not done and not allow_identical:
-        _refuse_identical(files, classes)
+        _refuse_identical(files, classes, reader)
     if overwrite:
         for name in _OUTPUTS:
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     write_json(out / "score.json", settings)
 
-    volumes = labeled and _labeled_volumes(Path(labeled), out, classes, processes, hidden)
+    volumes = labeled and _labeled_volumes(Path(labeled), out, classes, processes, hidden, reader)
     missing = [case for case in files if case not in done]
     if missing:
         # They are there when all cases are done, and only then.
         for name in ("cases.csv", "scores.csv"):
             (out / name).unlink(missing_ok=True)
     jobs = {
-        case: (case, files[case], probabilities and probabilities[case], out, classes, settings, volumes)
+        case: (case, files[case], probabilities and probabilities[case], out, classes, settings, volumes, reader)
         for case in missing
     }
-    _, failures = over_cases(_score_case, jobs, processes, "Scoring", done=len(done))
+    warnings, failures = over_cases(_score_case, jobs, processes, "Scoring", done=len(done))
+    _print_warnings(warning for of_case in warnings.values() for warning in of_case)
     if failures:
         print("\n".join(failures), file=sys.stderr)
         raise CaseError(
@@ -308,7 +314,12 @@ def find_cases(members: Sequence[Path]) -> dict[str, list[Path]]:
     return {case: [found[member][case] for member in members] for case in every}
 
 
-def find_labels(members: Sequence[Path], processes: int) -> Classes:
+def _print_warnings(warnings: Iterable[str]) -> None:
+    for warning in dict.fromkeys(warnings):
+        print(f"Warning: {warning}", file=sys.stderr)
+
+
+def find_labels(members: Sequence[Path], processes: int, reader: type[BaseReaderWriter] | None = None) -> Classes:
     """The classes that label maps have, where nothing else tells; each is named by its value.
 
     Raises:
@@ -317,7 +328,7 @@ def find_labels(members: Sequence[Path], processes: int) -> Classes:
     """
     files = find_cases(members)
     results, failures = over_cases(
-        _labels_of, {case: (of_case,) for case, of_case in files.items()}, processes, "Labels"
+        _labels_of, {case: (of_case, reader) for case, of_case in files.items()}, processes, "Labels"
     )
     if failures:
         print("\n".join(failures), file=sys.stderr)
@@ -333,8 +344,8 @@ def find_labels(members: Sequence[Path], processes: int) -> Classes:
     return Classes.from_labels(labels[0])
 
 
-def _labels_of(files: list[Path]) -> list[set[int]]:
-    return [set(np.unique(read_labels(file)[0]).tolist()) for file in files]
+def _labels_of(files: list[Path], reader: type[BaseReaderWriter] | None) -> list[set[int]]:
+    return [set(np.unique(read_labels(file, reader=reader)[0]).tolist()) for file in files]
 
 
 def _find_probabilities(
@@ -374,7 +385,7 @@ def _shown(value) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _refuse_identical(files: dict[str, list[Path]], classes: Classes) -> None:
+def _refuse_identical(files: dict[str, list[Path]], classes: Classes, reader: type[BaseReaderWriter] | None) -> None:
     """Raises ValueError if the members' label maps are the same in all cases, which is no agreement of several models.
 
     The first case is usually enough to see that they are not.
@@ -382,9 +393,9 @@ def _refuse_identical(files: dict[str, list[Path]], classes: Classes) -> None:
     any_foreground = False
     for of_case in files.values():
         try:
-            first = read_labels(of_case[0], classes.known)[0]
+            first = read_labels(of_case[0], classes.known, reader)[0]
             any_foreground |= bool(first.any())
-            if not all(np.array_equal(first, read_labels(file, classes.known)[0]) for file in of_case[1:]):
+            if not all(np.array_equal(first, read_labels(file, classes.known, reader)[0]) for file in of_case[1:]):
                 return
         except CaseError:
             # It is reported when its turn comes.
@@ -397,7 +408,12 @@ def _refuse_identical(files: dict[str, list[Path]], classes: Classes) -> None:
 
 
 def _labeled_volumes(
-    folder: Path, out: Path, classes: Classes, processes: int, hidden: Collection[str]
+    folder: Path,
+    out: Path,
+    classes: Classes,
+    processes: int,
+    hidden: Collection[str],
+    reader: type[BaseReaderWriter] | None,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Mean and standard deviation over labeled cases of each class's volume in mm3, (R,) each; None for fewer than two.
 
@@ -405,44 +421,56 @@ def _labeled_volumes(
     """
     file = out / "labeled_volumes.json"
     if not file.is_file():
-        jobs = {case: (path, classes) for case, path in find_files(folder).items() if case not in hidden}
-        volumes, failures = over_cases(_volumes_of, jobs, processes, "Volumes of labeled cases")
+        jobs = {case: (path, classes, reader) for case, path in find_files(folder).items() if case not in hidden}
+        found, failures = over_cases(_volumes_of, jobs, processes, "Volumes of labeled cases")
         if failures:
             print("\n".join(failures), file=sys.stderr)
             raise CaseError(
                 f"{len(failures)} of {len(jobs)} labeled cases in {folder} cannot be read (above). Mend them"
             )
-        write_json(file, volumes)
-    volumes = np.array([list(of_case.values()) for of_case in read_json(file).values()])
+        _print_warnings(warning for _, warning in found.values() if warning)
+        write_json(file, {case: volumes for case, (volumes, _) in found.items()})
+    volumes = np.array([list(of_case.values()) for of_case in read_labeled_volumes(out).values()])
     return (volumes.mean(0), volumes.std(0, ddof=1)) if len(volumes) > 1 else None
 
 
-def _volumes_of(file: Path, classes: Classes) -> dict[str, float]:
-    labels, image = read_labels(file, classes.known)
+def read_labeled_volumes(out: Path) -> dict[str, dict[str, float]]:
+    """{labeled case: {class: its volume in mm3}} of a scored folder; empty if it was compared with none."""
+    file = Path(out) / "labeled_volumes.json"
+    return read_json(file, cure="Score again with --overwrite") if file.is_file() else {}
+
+
+def _volumes_of(
+    file: Path, classes: Classes, reader: type[BaseReaderWriter] | None
+) -> tuple[dict[str, float], str | None]:
+    """Of each class, and a warning."""
+    labels, geometry = read_labels(file, classes.known, reader)
     # One plane after the other: bincount turns what it counts into 8 bytes each.
     counts = sum(np.bincount(plane.ravel(), minlength=classes.num_values) for plane in labels)
-    volumes = classes.membership() @ counts * np.prod(image.GetSpacing())
-    return dict(zip(classes.names, volumes.tolist()))
+    volumes = classes.membership() @ counts * np.prod(geometry.spacing)
+    return dict(zip(classes.names, volumes.tolist())), geometry.warning
 
 
-def _read_members(case: str, files: list[Path], classes: Classes) -> tuple[list[np.ndarray], sitk.Image]:
-    """The members' label maps of a case, and an image with their geometry."""
-    first, image = read_labels(files[0], classes.known)
-    if first.ndim not in (2, 3):
-        raise CaseError(
-            f"{files[0]} has {first.ndim} dimensions. A label map has 2 or 3: split it into one for each time"
-        )
-    labels = [first]
-    for file in files[1:]:
-        others, other = read_labels(file, classes.known)
-        difference = geometry_difference(image, other)
+def _read_members(
+    case: str, files: list[Path], classes: Classes, reader: type[BaseReaderWriter] | None
+) -> tuple[list[np.ndarray], list[Geometry]]:
+    """The members' label maps of a case, and their geometries, which are the same but for warnings."""
+    labels, geometries = [], []
+    for file in files:
+        own, geometry = read_labels(file, classes.known, reader)
+        if own.ndim not in (2, 3):
+            raise CaseError(
+                f"{file} has {own.ndim} dimensions. A label map has 2 or 3: split it into one for each time"
+            )
+        difference = geometry_difference(geometries[0], geometry) if geometries else None
         if difference:
             raise CaseError(
                 f"case {case}: {files[0]} and {file} have different {difference}. Predict it with all members from the "
                 "same image"
             )
-        labels.append(others)
-    return labels, image
+        labels.append(own)
+        geometries.append(geometry)
+    return labels, geometries
 
 
 def _score_case(
@@ -453,9 +481,11 @@ def _score_case(
     classes: Classes,
     settings: dict,
     volumes: tuple[np.ndarray, np.ndarray] | None,
-) -> None:
-    """All files of one case; cases/CASE.json is the last."""
-    labels, image = _read_members(case, files, classes)
+    reader: type[BaseReaderWriter] | None,
+) -> list[str]:
+    """All files of one case; cases/CASE.json is the last. Returns warnings."""
+    labels, geometries = _read_members(case, files, classes, reader)
+    like = geometries[0]
     consensus = entropy = None
     if probabilities is not None:
         consensus, entropy = mean_probabilities(probabilities, labels, classes)
@@ -465,21 +495,22 @@ def _score_case(
         consensus = None
     options = {key: settings[key] for key in ("per_slice", "metric", "both_empty")}
     score, of_members, consensus, differing = score_labels(
-        labels, classes, image.GetSpacing(), consensus, entropy, **options, labeled=volumes, case=case
+        labels, classes, like.spacing, consensus, entropy, **options, labeled=volumes, case=case
     )
     # Larger maps follow, and each is needed once.
     number = len(labels)
     del labels
     ending = next(ending for ending in FILE_ENDINGS if files[0].name.endswith(ending))
-    write_labels(out / "consensus" / f"{case}{_MASK_ENDINGS.get(ending, ending)}", consensus, image)
+    write_labels(out / "consensus" / f"{case}{_MASK_ENDINGS.get(ending, ending)}", consensus, like)
     del consensus
     name = f"{case}{_MAP_ENDINGS.get(ending, ending)}"
     if entropy is not None:
-        write_labels(out / "entropy" / name, entropy, image)
+        write_map(out / "entropy" / name, entropy, like)
         del entropy
     differing = np.divide(differing, number, dtype=np.float32)
-    write_labels(out / "disagreement" / name, differing, image)
+    write_map(out / "disagreement" / name, differing, like)
     write_json(out / "cases" / f"{case}.json", {**asdict(score), "members": dict(zip(settings["members"], of_members))})
+    return [geometry.warning for geometry in geometries if geometry.warning]
 
 
 def read_scores(out: Path) -> dict[str, CaseScore]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,9 @@ class Rules:
         top: The most cases that are accepted: the best ones.
         fraction: The same as a share of the scored cases, rounded down.
         balanced: ``top`` or ``fraction`` by class: the classes take turns, each takes the case that it is best in.
+        presence: Classes that at least this share of the labeled cases has must be in the consensus. Members that all
+            miss a class agree perfectly, so that no score tells.
+        may_be_absent: Classes for which ``presence`` does not count.
     """
 
     threshold: float | None = None
@@ -35,13 +38,22 @@ class Rules:
     top: int | None = None
     fraction: float | None = None
     balanced: bool = False
+    presence: float | None = None
+    may_be_absent: tuple[str, ...] = ()
 
     def check(self, class_names) -> None:
         """Raises ValueError if a rule cannot be applied, naming it."""
-        shares = {"threshold": self.threshold, "fraction": self.fraction, **self.class_thresholds}
+        shares = {
+            "threshold": self.threshold,
+            "fraction": self.fraction,
+            "presence": self.presence,
+            **self.class_thresholds,
+        }
         for name, value in shares.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"The {name} of {value:g} is not between 0 and 1")
+        if self.presence == 0:
+            raise ValueError("A presence of 0 would ask for every class. Use a share above 0, or off")
         if self.max_volume_zscore is not None and not self.max_volume_zscore > 0:
             raise ValueError(f"A largest z-score of {self.max_volume_zscore:g} is not above 0")
         if self.top is not None and self.top < 1:
@@ -50,27 +62,39 @@ class Rules:
             raise ValueError("Both a number and a share of the best cases are given. Choose one")
         if self.balanced and self.top is None and self.fraction is None:
             raise ValueError("Balancing the classes needs a number of cases, or a share of them")
-        unknown = sorted({*self.class_thresholds, *self.max_components} - set(class_names))
+        unknown = sorted({*self.class_thresholds, *self.max_components, *self.may_be_absent} - set(class_names))
         if unknown:
             raise ValueError(f"There is no class {unknown[0]}. Classes: {', '.join(class_names)}")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """``reasons``: why a case is rejected; why it is accepted is that there is none."""
+    """Whether a case is accepted.
+
+    Args:
+        accepted: There are no reasons against it.
+        reasons: Why it is rejected.
+        lacking: The classes that ``presence`` asks for and the consensus lacks.
+    """
 
     accepted: bool
     reasons: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
 
-def select(scores: Mapping[str, CaseScore], rules: Rules) -> dict[str, Decision]:
+def select(
+    scores: Mapping[str, CaseScore], rules: Rules, labeled: Mapping[str, Mapping[str, float]] | None = None
+) -> dict[str, Decision]:
     """A decision for every scored case, in the order of ``scores``.
 
     A score that equals a threshold is accepted. ``top`` and ``fraction`` choose among the cases that fulfill the other
     rules; equal scores are taken in the order of names.
 
+    Args:
+        labeled: {labeled case: {class: its volume}}, for ``presence``.
+
     Raises:
-        ValueError: if a rule compares volumes with labeled cases, and the scores have none.
+        ValueError: if a rule compares with labeled cases, and there are none.
     """
     if rules.max_volume_zscore is not None and all(
         own.volume_zscore is None for score in scores.values() for own in score.classes.values()
@@ -78,7 +102,15 @@ def select(scores: Mapping[str, CaseScore], rules: Rules) -> dict[str, Decision]
         raise ValueError(
             "--max-volume-zscore needs the volumes of two or more labeled cases. Score with -d, or with --labeled"
         )
-    reasons = {case: _reasons(score, rules) for case, score in scores.items()}
+    if rules.presence is not None and not labeled:
+        raise ValueError("--presence needs the volumes of labeled cases. Score with -d, or with --labeled")
+    required = {} if rules.presence is None else _required(labeled, rules)
+    lacking = {
+        case: tuple(name for name in required if not score.classes[name].volume_mm3) for case, score in scores.items()
+    }
+    reasons = {
+        case: _reasons(score, rules, [required[name] for name in lacking[case]]) for case, score in scores.items()
+    }
     candidates = [scores[case] for case, found in reasons.items() if not found]
     limit = rules.top if rules.fraction is None else int(rules.fraction * len(scores) + 1e-9)
     if limit is not None:
@@ -87,17 +119,28 @@ def select(scores: Mapping[str, CaseScore], rules: Rules) -> dict[str, Decision]
             if rank > limit:
                 what = "in the order of the balanced classes" if rules.balanced else f"by its score {score.score:.4f}"
                 reasons[score.case].append(f"number {rank} {what}, {limit} are taken")
-    return {case: Decision(not found, tuple(found)) for case, found in reasons.items()}
+    return {case: Decision(not found, tuple(found), lacking[case]) for case, found in reasons.items()}
+
+
+def _required(labeled: Mapping[str, Mapping[str, float]], rules: Rules) -> dict[str, str]:
+    """{class that has to be in the consensus: the reason to reject a case without it}."""
+    required = {}
+    for name in next(iter(labeled.values())):
+        having = sum(of[name] > 0 for of in labeled.values())
+        # Rounding may lift the product a little above a whole number.
+        if having >= rules.presence * len(labeled) - 1e-9 and name not in rules.may_be_absent:
+            required[name] = f"{name} is absent, but {having} of {len(labeled)} labeled cases have it"
+    return required
 
 
 def _best_first(score: CaseScore):
     return -score.score, score.case
 
 
-def _reasons(score: CaseScore, rules: Rules) -> list[str]:
+def _reasons(score: CaseScore, rules: Rules, absences: list[str]) -> list[str]:
     if score.score is None:
         return ["no foreground in the consensus or in any member"]
-    found = []
+    found = list(absences)
     if rules.threshold is not None and score.score < rules.threshold:
         found.append(f"score {score.score:.4f} is below {rules.threshold:g}")
     for name, own in score.classes.items():
@@ -138,14 +181,15 @@ def _by_class(candidates: list[CaseScore]) -> list[CaseScore]:
     return order
 
 
-def to_annotate(scores: Mapping[str, CaseScore], number: int) -> list[str]:
+def to_annotate(scores: Mapping[str, CaseScore], number: int, lacking: Collection[str] = ()) -> list[str]:
     """The cases whose annotation by a person should help most: low agreement, and unlike each other.
 
-    Of the ``ANNOTATE_POOL * number`` cases with the lowest scores (cases without foreground first) the very lowest is
-    taken, then repeatedly the one that is farthest from those taken. The distance is Euclidean over the classes'
-    log volumes and scores, each scaled to unit standard deviation over the pool.
+    Of the ``ANNOTATE_POOL * number`` cases with the lowest scores the very lowest is taken, then repeatedly the one
+    that is farthest from those taken. Cases without foreground come before all others, and then the cases ``lacking`` a
+    class, whose scores are too high. The distance is Euclidean over the classes' log volumes and scores, each scaled to
+    unit standard deviation over the pool.
     """
-    worst = sorted(scores.values(), key=lambda s: (s.score is not None, s.score or 0.0, s.case))
+    worst = sorted(scores.values(), key=lambda s: (s.score is not None, s.case not in lacking, s.score or 0.0, s.case))
     pool = worst[: ANNOTATE_POOL * number]
     if not pool:
         return []

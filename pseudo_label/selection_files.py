@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunet_semiseg.datasets import CaseError
+from nnunet_semiseg.datasets import CaseError, plans_reader, sidecar
 from nnunet_semiseg.files import link, read_json, whole, write_csv, write_json
-from nnunet_semiseg.segmentations import Classes, find_files, read_image, read_labels, write_labels
+from nnunet_semiseg.segmentations import Classes, find_files, read_labels, read_voxels, write_labels
 from pseudo_label.scores import CaseScore
 from pseudo_label.selection import Decision
 
@@ -31,6 +31,12 @@ def scored_classes(scored: Path) -> Classes:
     order, ignore = settings["regions_class_order"], settings["ignore"]
     known = {0, *np.concatenate(values).tolist(), *(order or ()), *(() if ignore is None else (ignore,))}
     return Classes(tuple(settings["classes"]), values, ignore, order and tuple(order), frozenset(known))
+
+
+def scored_reader(scored: Path) -> type[BaseReaderWriter] | None:
+    """nnU-Net's reader of the label maps that ``pseudo_label score`` wrote; None for that of their ending."""
+    name = read_json(scored / "score.json").get("reader")
+    return name and plans_reader({"image_reader_writer": name}, scored / "score.json")
 
 
 def ignore_value(classes: Classes) -> int:
@@ -65,15 +71,16 @@ def write_selection(
         {accepted case: its label map}.
     """
     consensus, disagreement = find_files(scored / "consensus"), find_files(scored / "disagreement")
+    reader = scored_reader(scored)
     written = {}
     for case, decision in decisions.items():
         if decision.accepted:
             written[case] = out / "labels" / consensus[case].name
-            labels, image = read_labels(consensus[case], classes.known)
+            labels, geometry = read_labels(consensus[case], classes.known, reader)
             if min_agreement > 0:
-                share = sitk.GetArrayFromImage(read_image(disagreement[case]))
+                share = read_voxels(disagreement[case], geometry.reader)[0][0]
                 labels = agreed_labels(labels, share, min_agreement, classes)
-            write_labels(written[case], labels, image)
+            write_labels(written[case], labels, geometry)
     rows = (
         [case, "yes" if decision.accepted else "no", scores[case].score, "; ".join(decision.reasons)]
         for case, decision in decisions.items()
@@ -119,9 +126,14 @@ def export_for_annotation(
     for case in cases:
         for file in images[case]:
             link(file, out / "imagesTr" / file.name)
-        # A copy: it will be edited.
-        with whole(out / "labelsTr" / consensus[case].name) as temporary:
-            shutil.copyfile(consensus[case], temporary)
+        spacing = sidecar(images[case][0], channel=True)
+        if spacing.is_file():
+            link(spacing, out / "imagesTr" / spacing.name)
+        # Copies: they will be edited.
+        for file in (sidecar(consensus[case], channel=False), consensus[case]):
+            if file.is_file():
+                with whole(out / "labelsTr" / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
     ending = consensus[cases[0]].name[len(cases[0]) :]
     labels = {name: list(v) if len(v) > 1 else v[0] for name, v in zip(classes.names, classes.values)}
     description = {

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_semiseg.segmentations import Classes, write_labels
+from nnunet_semiseg.segmentations import Classes, Geometry, write_labels, write_map
 from pseudo_label.scores import score_labels
 
 SPACING = (0.8, 0.8, 2.0)
@@ -118,17 +118,18 @@ def main():
         (folder / "dataset.json").write_text(f'{{"labels": {{"background": 0, {names}}}}}')
         image = sitk.GetImageFromArray(labels[0])
         image.SetSpacing(SPACING)
+        geometry = Geometry.of_image(image)
         disagreement = (labels[0] != labels[1]).astype(np.float32)
         written = [
-            timed(write_labels, folder / "a.nii.gz", labels[0], image)[0]
-            + timed(write_labels, folder / "b.nii.gz", disagreement, image)[0]
+            timed(write_labels, folder / "a.nii.gz", labels[0], geometry)[0]
+            + timed(write_map, folder / "b.nii.gz", disagreement, geometry)[0]
             for _ in range(args.repeats)
         ]
         print(f"\nWriting consensus and disagreement: {statistics.median(written):.2f} s; with score_labels "
               f"{statistics.median(written) + median['score_labels']:.2f} s")  # fmt: skip
         members = [folder / f"member_{m}" for m in range(args.members)]
         for member, mask in zip(members, labels):
-            write_labels(member / "case.nii.gz", mask, image)
+            write_labels(member / "case.nii.gz", mask, geometry)
         print("pseudo_label score, with start, reading and writing: {:.1f} s, peak memory {:.0f} MB".format(
             *command(members, folder / "scores")))  # fmt: skip
         if args.softmax:

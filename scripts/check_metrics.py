@@ -113,8 +113,8 @@ def main():
     for case, file in tqdm(predictions.items(), unit="case"):
         if case not in truths:
             sys.exit(f"{file} has no ground truth in {args.ground_truth}. Add it, or remove the prediction")
-        (truth, image), (prediction, _) = read_labels(truths[case], classes.known), read_labels(file, classes.known)
-        spacing = image.GetSpacing()[::-1]
+        (truth, geometry), (prediction, _) = read_labels(truths[case], classes.known), read_labels(file, classes.known)
+        spacing = geometry.spacing
         ours = case_metrics(truth, prediction, spacing, classes, rules)
         for name, members in zip(classes.names, classes.membership()):
             if not (ours[name]["n_ref"] and ours[name]["n_pred"]):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tarfile
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,94 @@ def generic_cases(download, table):
         csv, patient, labels = table, None, [("ball", (1,))]
 
     return cases(Download(download, download.parent / "unpacked"), Arguments)
+
+
+def volumes(folder, *files):
+    for i, file in enumerate(files):
+        image, label = make_case(i)
+        write_image(np.minimum(label, 1) if "seg" in file or "labels" in file else image, folder / file)
+
+
+@pytest.mark.parametrize(
+    "channels, images, labels, cases",
+    [
+        # The labels have the number, too.
+        (1, ["case_0000", "case_0001"], ["case_0000", "case_0001"], {"case_0000": 1, "case_0001": 1}),
+        (2, ["case_0000", "case_0001"], ["case_0000"], {"case_0000": 1, "case_0001": 1}),
+        # More numbers than channels.
+        (1, ["case_0000", "case_0001"], ["other"], {"case_0000": 1, "case_0001": 1, "other": 1}),
+        (2, ["case_0000", "case_0001"], ["case"], {"case": 2}),
+        (1, ["case_0000", "scan_2019"], ["case", "scan_2019"], {"case": 1, "scan_2019": 1}),
+    ],
+)
+def test_a_number_is_a_channel_or_a_part_of_the_name(tmp_path, channels, images, labels, cases):
+    from dataset_conversion.Dataset999_generic import cases as read
+
+    images = [*images, *({"other"} & set(labels))]
+    volumes(tmp_path, *(f"images/{i}.nii.gz" for i in images), *(f"labels/{i}.nii.gz" for i in labels))
+    arguments = dict(csv=None, patient=None, labels=[("ball", (1,))], channels=["MRI"] * channels)
+    arguments |= dict(images=["images"], segmentations="labels")
+    found = read(Download(tmp_path, tmp_path / "unpacked"), Namespace(**arguments))
+    assert {case.name: len(case.images) for case in found} == cases
+    assert {case.name for case in found if case.label} == set(labels)
+
+
+@pytest.mark.parametrize("around", ["", "kits/"])
+def test_a_folder_for_each_case(raw, tmp_path, capsys, around):
+    folder = tmp_path / "download"
+    volumes(
+        folder / around,
+        "p_1/imaging.nii.gz",
+        "p_1/segmentation.nii.gz",
+        "p_2/imaging.nii.gz",
+        "p_2/segmentation.nii.gz",
+    )
+    volumes(folder / around, "p_3/imaging.nii.gz", "p_3/._imaging.nii.gz")
+    patterns = ["--images", "*/imaging.nii.gz", "--segmentations", "*/segmentation.nii.gz"]
+    arguments = ["-i", folder, "-d", "501", "--channels", "CT", "--labels", "ball=1"]
+    assert convert("generic", *arguments, *patterns) == 0
+    dataset = raw / "Dataset501_generic"
+    assert names(dataset / "labelsTr") == ["p_1", "p_2"] and names(dataset / "imagesUn") == ["p_3_0000"]
+
+
+@pytest.mark.parametrize(
+    "patterns, complaint",
+    [
+        (["--images", "*/imaging.nii.gz"], "--segmentations one as well. Put them in quotation marks"),
+        (["--images", "*/a.nii.gz", "*/b.nii.gz", "--segmentations", "*/s.nii.gz"], "for each of the 1 --channels"),
+        (
+            ["--images", "*/scan.nii.gz", "--segmentations", "*/segmentation.nii.gz"],
+            "has nothing that is called */scan",
+        ),
+        (["--images", "images", "more"], "are several folders. Give one"),
+    ],
+)
+def test_patterns_that_cannot_be_used(raw, tmp_path, capsys, patterns, complaint):
+    volumes(tmp_path / "download", "p_1/imaging.nii.gz", "p_1/segmentation.nii.gz")
+    arguments = ["-i", tmp_path / "download", "-d", "501", "--channels", "CT", "--labels", "ball=1", *patterns]
+    assert convert("generic", *arguments) == 1
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, says", [((), "It is empty"), (("notes.txt", "z.txt"), "It holds notes.txt and 1 more")]
+)
+def test_a_folder_without_images_says_what_it_holds(raw, tmp_path, capsys, content, says):
+    for folder in ("images", "labels"):
+        (tmp_path / "download" / folder).mkdir(parents=True)
+    for name in content:
+        (tmp_path / "download" / "images" / name).write_text("")
+    assert generic(tmp_path / "download") == 1
+    error = capsys.readouterr().err
+    assert says in error and len(error) < 300
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_tables_with_other_separators(download, tmp_path, separator):
+    lines = ["image,case,label", "images/a_1_0000.nii.gz,a,labels/a_1.nii.gz"]
+    (tmp_path / "cases.csv").write_text("\n".join(lines).replace(",", separator))
+    (case,) = generic_cases(download, tmp_path / "cases.csv")
+    assert case.name == "a" and case.label.name == "a_1.nii.gz"
 
 
 # ------------------------------------------------------------------------------------------------- who is labeled

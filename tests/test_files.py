@@ -25,7 +25,7 @@ def test_json_names_the_file_and_what_is_missing(tmp_path, content, message):
     "content, message",
     [
         (b"", r"a\.csv has no column 'case'\. Write it again"),
-        (b"case;score\n", r"a\.csv has no column 'case'"),
+        (b"name;score\n", r"a\.csv has no column 'case'"),
         (b"score\n1\n", r"a\.csv has no column 'case'"),
         ("case\nmüller\n".encode("latin-1"), r"a\.csv is not UTF-8 text \(byte 6"),
     ],
@@ -39,3 +39,9 @@ def test_table_names_the_file_and_what_is_missing(tmp_path, content, message):
 def test_table_of_a_spreadsheet(tmp_path):
     (tmp_path / "a.csv").write_bytes('case,note\r\nmüller,"two\r\nlines"\r\n'.encode("utf-8-sig"))
     assert read_table(tmp_path / "a.csv", ("case",)) == [{"case": "müller", "note": "two\nlines"}]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_columns_are_separated_by_commas_semicolons_or_tabs(tmp_path, separator):
+    (tmp_path / "a.csv").write_text(separator.join(("case", "score")) + "\n" + separator.join(("a", "0.5")) + "\n")
+    assert read_table(tmp_path / "a.csv", ("case", "score")) == [{"case": "a", "score": "0.5"}]

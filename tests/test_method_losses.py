@@ -10,10 +10,12 @@ from conftest import DATASETS, SHORT, flat, short, train_steps
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
 from test_losses import SHAPES, adapter, voxels
 
 from nnunet_semiseg.data.components import keep_largest_components
+from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.losses.consistency import clamped_noise
 from nnunet_semiseg.losses.distance import cross_task_error, distance_error, mask_of_distance
 from nnunet_semiseg.losses.mixing import random_cuboid
@@ -623,6 +625,40 @@ def test_largest_component_of_each_class(regions, shape):
                 assert after.sum() == sizes.max()
                 one = np.unique(components[after])
                 assert len(one) == 1 and one[0] > 0
+
+
+@BOTH_SHAPES
+def test_largest_components_of_nested_regions_stay_nested_literally(shape):
+    """``whole`` and ``rest`` overlap, ``core`` is a part of both, ``inner`` of all three."""
+    regions = {"whole": [1, 2, 3], "core": [2, 3], "inner": 3, "rest": [2, 3, 4]}
+    labels = LabelAdapter(LabelManager({"background": 0, **regions}, [1, 2, 3, 4]))
+    outer = {"whole": (), "rest": (), "core": ("whole", "rest"), "inner": ("whole", "core", "rest")}
+    names = list(regions)
+    assert [[names[p] for p in of] for of in labels.parents] == [sorted(outer[n], key=names.index) for n in names]
+    random = np.random.RandomState(3)
+    drawn = [ndimage.zoom(random.rand(*(s // 2 for s in shape)), 2, order=0) for _ in range(8)]
+    hard = torch.from_numpy(np.stack(drawn).reshape(2, 4, *(s // 2 * 2 for s in shape)) < 0.75)
+    kept = keep_largest_components(hard, labels).numpy()
+    for b in range(2):
+        expected = {}
+        for name in ("whole", "rest", "core", "inner"):
+            mask = hard[b, names.index(name)].numpy()
+            for parent in outer[name]:
+                mask = mask & expected[parent]
+            components, count = ndimage.label(mask, np.ones((3,) * len(shape)))
+            sizes = [(components == i).sum() for i in range(1, count + 1)]
+            expected[name] = components == 1 + int(np.argmax(sizes)) if count else mask
+            assert np.array_equal(kept[b, names.index(name)], expected[name]), name
+    assert kept[:, names.index("core")].any()
+
+
+def test_a_core_in_a_piece_that_is_removed_is_removed():
+    labels = LabelAdapter(LabelManager({"background": 0, "whole": [1, 2], "core": 2}, [1, 2]))
+    hard = torch.zeros(1, 2, 12, 12, dtype=torch.bool)
+    hard[0, 0, :6, :6] = True
+    hard[0, 0, 9:, 9:] = hard[0, 1, 9:, 9:] = True
+    kept = keep_largest_components(hard, labels)
+    assert kept[0, 0].sum() == 36 and not kept[0, 1].any()
 
 
 def test_largest_component_of_nothing_is_nothing():

@@ -16,7 +16,8 @@ from pseudo_label import cli
 TINY = "_3epochs_num_iterations_per_epoch=12_num_val_iterations_per_epoch=1_save_every=1"
 MEMBERS = [f"nnUNetTrainerMeanTeacher_warm_up=0{TINY}_seed={seed}" for seed in (1, 2)]
 COMMON = ["rounds", "-c", "2d", "-p", "nnUNetPlans_cpu", "--devices", "cpu", "cpu", "-np", "1", "--disable_tta"]
-RULES = ["--fraction", "0.5", "--allow-drift", "--max-drop", "1"]
+# Networks that are trained for seconds miss the core.
+RULES = ["--fraction", "0.5", "--presence", "off", "--allow-drift", "--max-drop", "1"]
 UNLABELED = {"lab_03", "lab_04", "unl_00", "unl_01", "unl_02", "unl_03"}
 
 
@@ -149,6 +150,23 @@ def test_print_only_writes_nothing(prepared, tmp_path, capsys):
     assert any("--threshold 0.8 --fraction 0.5" in line for line in lines)
     assert sum("Dataset872_labels_round2" in line for line in lines) == 3
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rules"),
+    [
+        ([], "--threshold 0.9 --presence 0.95"),
+        (["--presence", "off"], "--threshold 0.9 --presence off"),
+        (["--presence", "0.5", "--may-be-absent", "core"], "--threshold 0.9 --presence 0.5 --may-be-absent core"),
+        (["--top", "3"], "--top 3 --presence 0.95"),
+    ],
+)
+def test_rules_where_few_or_none_are_given(prepared, tmp_path, capsys, flags, rules):
+    prepared("labels")
+    given = [*COMMON, "-d", "801", "-o", str(tmp_path / "work"), "--members", *MEMBERS, *flags, "--print-only"]
+    assert cli.main(given) == 0
+    selections = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pseudo_label select")]
+    assert len(selections) == 2 and all(f"selection {rules} --annotate" in line for line in selections)
 
 
 @pytest.mark.parametrize(

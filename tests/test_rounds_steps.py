@@ -210,6 +210,21 @@ def test_stops_when_a_class_is_lost_unless_overruled(make):
     assert make(executor, allow_drift=True).run() == "All 2 rounds are done"
 
 
+def test_a_case_in_which_all_members_miss_a_class_teaches_nothing(make):
+    """The classes do not drift: the other cases have it."""
+
+    def missing_core(number, member, case):
+        return np.minimum(predict(number, member, case), 1 if case == "unl_01" else 2)
+
+    rounds = make(FakeExecutor(predict=missing_core, trainers=STOCK), rules=Rules(presence=0.95), annotate=1)
+    assert rounds.run() == "No case is accepted in round 2"
+    one, two = rounds.manifest.rounds[1:]
+    assert one["remaining"] == 1 and "unl_01" not in one["accepted"] and two["accepted"] == []
+    assert one["annotate"] == ["unl_01"] and "--presence 0.95" in one["select_command"]
+    table = (rounds.folder / "round_1" / "selection" / "selection.csv").read_text()
+    assert "core is absent, but 3 of 3 labeled cases have it" in table
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_stops_when_a_class_shrinks(make, number):
     """Of a single class the share of the foreground would always be 1."""

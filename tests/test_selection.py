@@ -127,11 +127,79 @@ def test_no_foreground_is_never_accepted():
         ({"top": 0}, "The best 0 cases are none"),
         ({"top": 1, "fraction": 0.5}, "Choose one"),
         ({"balanced": True}, "Balancing the classes needs"),
+        ({"presence": 1.1}, "presence of 1.1 is not between 0 and 1"),
+        ({"presence": 0.0}, "presence of 0 would ask for every class"),
+        ({"may_be_absent": ("spleen",)}, "There is no class spleen"),
     ],
 )
 def test_rules_that_cannot_be_applied(rules, message):
     with pytest.raises(ValueError, match=message):
         Rules(**rules).check(["liver"])
+
+
+# ------------------------------------------------------------------------------------------------------------- presence
+
+
+ABSENT = replace(class_score(), score=None, volume_mm3=0.0)
+
+
+def labeled_cases(having, number):
+    """Of ``number`` labeled cases all have a liver, and ``having`` have a tumor."""
+    return {f"lab_{i}": {"liver": 5.0, "tumor": float(i < having)} for i in range(number)}
+
+
+def test_a_class_that_every_member_missed_is_no_agreement():
+    """The members agree perfectly on what is left."""
+    scores = {
+        "both": case_score("both", 0.9, liver=class_score(), tumor=class_score()),
+        "missed": case_score("missed", 1.0, liver=class_score(1.0), tumor=ABSENT),
+    }
+    rules, labeled = Rules(0.8, {"tumor": 0.9}, presence=0.95), labeled_cases(3, 3)
+    found = select(scores, rules, labeled)
+    assert found["both"].accepted and not found["missed"].accepted
+    assert found["missed"].reasons == ("tumor is absent, but 3 of 3 labeled cases have it",)
+    assert found["missed"].lacking == ("tumor",)
+    # It takes no place among the best.
+    assert select(scores, Rules(top=1, presence=0.95), labeled)["both"].accepted
+    for off in (replace(rules, presence=None), replace(rules, may_be_absent=("tumor",))):
+        assert select(scores, off, labeled)["missed"].accepted
+
+
+@pytest.mark.parametrize(
+    ("having", "number", "presence", "rejected"),
+    [
+        (1, 1, 0.95, True),
+        (2, 3, 0.95, False),
+        (18, 19, 0.95, False),
+        (19, 20, 0.95, True),
+        (20, 20, 1.0, True),
+        (19, 20, 1.0, False),
+        (7, 10, 0.7, True),  # 0.7 * 10 is above 7 in floating point.
+        (1, 10, 0.1, True),
+        (0, 10, 0.1, False),
+    ],
+)
+def test_the_share_of_labeled_cases_that_makes_a_class_required(having, number, presence, rejected):
+    scores = {"a": case_score("a", 1.0, liver=class_score(1.0), tumor=ABSENT)}
+    decision = select(scores, Rules(presence=presence), labeled_cases(having, number))["a"]
+    assert decision.accepted is not rejected
+
+
+def test_presence_without_labeled_cases_is_no_rule():
+    with pytest.raises(ValueError, match="--presence needs the volumes of labeled cases"):
+        select(scores_of(a=0.9), Rules(presence=0.95), {})
+
+
+def test_cases_that_lack_a_class_are_proposed_for_annotation():
+    """Their scores are higher than they deserve."""
+    scores = scores_of(bad=0.2, worse=0.1) | {
+        "missed": case_score("missed", 1.0, liver=ABSENT),
+        "none": replace(case_score("none", 0.0), score=None),
+    }
+    assert to_annotate(scores, 1, {"missed"}) == ["none"]
+    del scores["none"]
+    assert to_annotate(scores, 1, {"missed"}) == ["missed"]
+    assert to_annotate(scores, 1) == ["worse"]
 
 
 # ------------------------------------------------------------------------------------------------------------- annotate
@@ -271,6 +339,46 @@ def test_volumes_that_cannot_be_compared_are_no_rule(scored, capsys):
     assert run(scored, "--max-volume-zscore", "3") == 1
     assert "needs the volumes of two or more labeled cases" in capsys.readouterr().err
     assert not (scored / "out").exists()
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_three_members_that_all_miss_a_class(tmp_path, capsys, regions):
+    """Where a member has it, it is found; where none has it, the score is 1."""
+    labels = {"background": 0, "heart": [1, 2], "RV": 2} if regions else {"background": 0, "LV": 1, "RV": 2}
+    description = {"labels": labels, **({"regions_class_order": [1, 2]} if regions else {})}
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    with_rv = np.ones((3, 6, 6), dtype=np.uint8)
+    with_rv[:, 3:] = 2
+    for i in range(3):
+        write_image(with_rv, tmp_path / "labeled" / f"lab_{i}.nii.gz")
+        write_image(np.roll(with_rv, i == 2, 1), tmp_path / str(i) / "found.nii.gz")
+        write_image(np.minimum(with_rv, 1), tmp_path / str(i) / "missed.nii.gz")
+    members = [str(tmp_path / str(i)) for i in range(3)]
+    score = ["score", "-i", *members, "--dataset-json", str(tmp_path / "dataset.json"), "-np", "1"]
+    known, unknown = str(tmp_path / "known"), str(tmp_path / "unknown")
+    assert cli.main([*score, "-o", known, "--labeled", str(tmp_path / "labeled")]) == 0
+    assert cli.main([*score, "-o", unknown]) == 0
+    capsys.readouterr()
+    reasons = {}
+
+    def accepted(scored, *flags):
+        flags = ["--class-threshold", "RV=0.5", *flags]
+        assert cli.main(["select", "-i", scored, "-o", str(tmp_path / "out"), "--overwrite", *flags]) == 0
+        rows = decisions(tmp_path)
+        reasons.update({case: row["reasons"] for case, row in rows.items()})
+        return [case for case, row in rows.items() if row["accepted"] == "yes"]
+
+    assert accepted(known) == accepted(known, "--presence", "1") == ["found"]
+    assert reasons["missed"] == "RV is absent, but 3 of 3 labeled cases have it"
+    assert "goes unnoticed" not in capsys.readouterr().out
+    assert accepted(known, "--presence", "off") == accepted(known, "--may-be-absent", "RV") == ["found", "missed"]
+    assert accepted(unknown) == ["found", "missed"]
+    assert "No labeled cases are known" in capsys.readouterr().out
+    # What is there is not removed for a rule that cannot be applied.
+    flags = ["--overwrite", "--presence", "0.9"]
+    assert cli.main(["select", "-i", unknown, "-o", str(tmp_path / "out"), *flags]) == 1
+    assert "--presence needs the volumes of labeled cases" in capsys.readouterr().err
+    assert (tmp_path / "out" / "selection.csv").is_file()
 
 
 def test_an_earlier_selection_is_not_mixed_in(scored, capsys):

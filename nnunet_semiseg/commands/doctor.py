@@ -242,10 +242,10 @@ def _check_images(report: Report, dataset, images: dict, plans_name: str) -> Non
     import numpy as np
     from tqdm import tqdm
 
-    from nnunet_semiseg.datasets import INTENSITY_SDS, CaseError, content_hash, read_images
+    from nnunet_semiseg.datasets import INTENSITY_SDS, CaseError, content_hash, orientation, read_images
 
     try:
-        plans = dataset.plans(plans_name)
+        reader = dataset.plans(plans_name).image_reader_writer_class
     except (ValueError, OSError):
         # _check_plans tells.
         report.not_checked.append(_IMAGE_CHECKS)
@@ -259,11 +259,13 @@ def _check_images(report: Report, dataset, images: dict, plans_name: str) -> Non
             for case, files in cases.items():
                 bar.update()
                 try:
-                    data, properties = read_images(files, plans, dataset.num_channels)
+                    data, properties, warnings = read_images(files, reader, dataset.num_channels)
                 except CaseError as error:
                     report.problem(str(error), "fix, replace or remove the file")
                     unread += 1
                     continue
+                for warning in warnings:
+                    report.warn(f"{folder}/{case}: {warning}", "correct the file's header, or what is beside it")
                 key = content_hash(data)
                 if key in hashes and folder == "imagesUn":
                     where, other = hashes[key]
@@ -276,7 +278,7 @@ def _check_images(report: Report, dataset, images: dict, plans_name: str) -> Non
                 foreground = data[:, (data != data.min()).any(0)]
                 if foreground.size:
                     statistics[folder][case] = tuple(np.median(foreground, 1))
-                orientations[folder][case] = dataset.orientation(files)
+                orientations[folder][case] = orientation(properties)
                 if folder == "imagesUn":
                     odd = _spacing_warning(report, dataset, np.asarray(properties["spacing"]))
                     if odd:
@@ -285,10 +287,10 @@ def _check_images(report: Report, dataset, images: dict, plans_name: str) -> Non
     if unread:
         report.not_checked.append(f"the images of {unread} case(s)")
     usual = set(orientations["imagesTr"].values())
-    for case, orientation in orientations["imagesUn"].items():
-        if usual and orientation not in usual:
+    for case, own in orientations["imagesUn"].items():
+        if usual and own not in usual:
             report.warn(
-                f"imagesUn/{case}: orientation {orientation}, labeled cases are {', '.join(map(str, usual))}",
+                f"imagesUn/{case}: orientation {own}, labeled cases are {', '.join(map(str, usual))}",
                 "reorient the file: nnU-Net does not",
             )
     if len(statistics["imagesTr"]) < 2:

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name
+from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name, dataset_reader
 from nnunet_semiseg.files import read_json, write_csv, write_json
 from nnunet_semiseg.metrics import METRICS, Rules, Summary, case_metrics, summarize
 from nnunet_semiseg.parallel import add_processes_argument, over_cases
-from nnunet_semiseg.segmentations import Classes, find_files, geometry_difference, patients_of, read_labels, version
+from nnunet_semiseg.segmentations import (
+    Classes,
+    find_files,
+    find_reader,
+    geometry_difference,
+    patients_of,
+    read_labels,
+    version,
+)
 
 TOLERANCE = 2.0
 COUNTS = ("TP", "FP", "FN", "n_ref", "n_pred")
@@ -57,7 +65,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    classes, ending = _classes(args)
+    classes, ending, reader = _classes(args)
     rules = Rules(tolerances(args.tolerance, classes), args.unit, args.both_empty, args.one_empty)
     files = _pairs(find_files(args.g, ending), find_files(args.p, ending), args)
     patients = patients_of(files, args.patient) if args.patient else None
@@ -67,11 +75,11 @@ def run(args) -> int:
     unfinished.mkdir(parents=True, exist_ok=True)
     jobs, records = {}, {}
     for case, pair in files.items():
-        key = json.dumps([_described(classes, rules), *map(version, pair)])
+        key = json.dumps([_described(classes, rules), reader and reader.__name__, *map(version, pair)])
         part = unfinished / f"{case}.json"
         records[case] = _finished(part, key)
         if records[case] is None:
-            jobs[case] = (case, *pair, classes, rules, part, key)
+            jobs[case] = (case, *pair, classes, rules, part, key, reader)
     if jobs:
         # If a case fails now, nobody takes the results of an earlier call for these.
         for result in ("evaluation.csv", "evaluation.json"):
@@ -86,6 +94,8 @@ def run(args) -> int:
         )
         return 1
     records |= done
+    for warning in dict.fromkeys(warning for record in records.values() for warning in record.pop("warnings")):
+        print(f"Warning: {warning}", file=sys.stderr)
     summary = _write(output, args, list(records.values()), classes, rules, patients)
     shutil.rmtree(unfinished)
     print(page(list(records.values()), summary, classes, rules))
@@ -93,26 +103,28 @@ def run(args) -> int:
     return 0
 
 
-def _classes(args) -> tuple[Classes, str | None]:
-    """The classes, and the file ending that dataset.json gives."""
-    if args.labels:
-        return parse_labels(args.labels), None
+def _classes(args) -> tuple[Classes, str | None, type | None]:
+    """The classes, the file ending that dataset.json gives, and nnU-Net's reader if something tells it."""
     prediction, truth = Path(args.p), Path(args.g)
+    folders = (prediction, truth, truth.resolve().parent)
+    if args.labels:
+        return parse_labels(args.labels), None, find_reader(*folders)
     if args.d:
         dataset = Dataset(dataset_name(args.d))
-        return Classes.from_file(dataset.json_file), dataset.file_ending
+        return Classes.from_file(dataset.json_file), dataset.file_ending, dataset.reader
     if args.dataset_json:
         file = Path(args.dataset_json)
     else:
         # nnU-Net writes it to predictions, and has it beside labelsTr and gt_segmentations.
-        candidates = (prediction / "dataset.json", truth / "dataset.json", truth.resolve().parent / "dataset.json")
-        file = next((file for file in candidates if file.is_file()), None)
+        file = next((f / "dataset.json" for f in folders if (f / "dataset.json").is_file()), None)
         if file is None:
             raise ValueError(
                 f"There is no dataset.json in {prediction} or beside {truth}. Give the labels: -d, -djfile or --labels"
             )
     classes = Classes.from_file(file)
-    return classes, read_json(file).get("file_ending")
+    content = read_json(file)
+    reader = dataset_reader(content) if args.dataset_json else None
+    return classes, content.get("file_ending"), reader or find_reader(*folders)
 
 
 def parse_labels(labels: list[str]) -> Classes:
@@ -204,32 +216,40 @@ def _finished(part: Path, key: str) -> dict | None:
 
 
 def evaluate_case(
-    case: str, truth_file: Path, prediction_file: Path, classes: Classes, rules: Rules, part: Path, key: str
+    case: str,
+    truth_file: Path,
+    prediction_file: Path,
+    classes: Classes,
+    rules: Rules,
+    part: Path,
+    key: str,
+    reader: type | None = None,
 ) -> dict:
     """Evaluate one case, write its record to ``part``, and return it.
+
+    Args:
+        reader: nnU-Net's; None for that of the files' ending.
 
     Raises:
         CaseError: naming the file that is damaged or has unknown labels, or the two that do not fit.
     """
-    truth, image = read_labels(truth_file, classes.known)
-    prediction, predicted_image = read_labels(prediction_file, classes.known)
+    truth, geometry = read_labels(truth_file, classes.known, reader)
+    prediction, predicted = read_labels(prediction_file, classes.known, reader)
     if np.squeeze(truth).ndim > 3:
         raise CaseError(f"{truth_file} is {truth.ndim}D. Split it into one file for each time point")
-    difference = geometry_difference(image, predicted_image)
+    difference = geometry_difference(geometry, predicted)
     if difference:
         raise CaseError(
             f"{truth_file} and {prediction_file} have different geometry: {difference}. Predict the image that the "
             "ground truth belongs to, or resample the prediction to it"
         )
-    spacing = image.GetSpacing()[::-1]
-    # Each voxel type has its own; two copies less of a large image.
-    del image, predicted_image
     record = {
         "case": case,
         "reference_file": str(truth_file),
         "prediction_file": str(prediction_file),
-        "spacing": spacing,
-        "metrics": case_metrics(truth, prediction, spacing, classes, rules),
+        "spacing": geometry.spacing,
+        "metrics": case_metrics(truth, prediction, geometry.spacing, classes, rules),
+        "warnings": [g.warning for g in (geometry, predicted) if g.warning],
     }
     write_json(part, {"key": key, "record": record})
     return record

@@ -14,7 +14,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle, wr
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_semiseg.data.unlabeled import DIGEST_KEY, preprocessing_digest
-from nnunet_semiseg.datasets import Dataset, check_there, read_images
+from nnunet_semiseg.datasets import Dataset, orientation, read_images
 from nnunet_semiseg.parallel import over_cases
 
 # In the order in which they appear under their final name: a case counts as done once it has its properties.
@@ -47,18 +47,18 @@ def preprocess_cases(
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    orientation = None
+    usual = None
     try:
         files, _ = next(iter(dataset.labeled_files.values()), ([], None))
         if missing and files:
-            check_there(files[0])
-            orientation = dataset.orientation(files[:1])
+            reader = dataset.plans(plans_name).image_reader_writer_class
+            usual = orientation(read_images(files, reader, dataset.num_channels)[1])
     except (ValueError, OSError) as error:
         print(f"Warning: orientations are not compared with the labeled cases' ({error})", file=sys.stderr)
     jobs = {
         case: (
             *(dataset.name, plans_name, configuration_name, case, images[case]),
-            *(labels and labels[case], unfinished, folder, orientation),
+            *(labels and labels[case], unfinished, folder, usual),
         )
         for case in missing
     }
@@ -77,23 +77,20 @@ def preprocess_cases(
     return failures
 
 
-def _preprocess_case(
-    name, plans_name, configuration_name, case, files, label, unfinished, folder, orientation
-) -> list[str]:
+def _preprocess_case(name, plans_name, configuration_name, case, files, label, unfinished, folder, usual) -> list[str]:
     """One case, from its images to its three files under their final names. Returns warnings."""
     dataset = Dataset(name)
     plans = dataset.plans(plans_name)
     configuration = plans.get_configuration(configuration_name)
-    data, properties = read_images(files, plans, dataset.num_channels)
-    warnings = []
+    _, properties, warnings = read_images(files, plans.image_reader_writer_class, dataset.num_channels)
     odd_spacing = dataset.spacing_warning(np.asarray(properties["spacing"]))
     if odd_spacing:
         warnings.append(f"{case}: {odd_spacing}")
-    own_orientation = dataset.orientation(files)
-    if own_orientation != orientation and None not in (own_orientation, orientation):
+    own = orientation(properties)
+    if own != usual and None not in (own, usual):
         warnings.append(
-            f"{case}: orientation {own_orientation}, the labeled cases are {orientation}. nnU-Net does not reorient "
-            "images; reorient the file, or leave the case out"
+            f"{case}: orientation {own}, the labeled cases are {usual}. nnU-Net does not reorient images; reorient the "
+            "file, or leave the case out"
         )
     target = Path(unfinished) / case
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nnunet_semiseg.datasets import Dataset, dataset_name
@@ -29,7 +30,9 @@ def add_arguments(parser):
     parser.add_argument("--consensus", choices=CONSENSUS, help="as for pseudo_label score (default: mean)")
     parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of the score (default %(default)s)")
     parser.add_argument("--per-slice", action="store_true", help="average the score over slices")
-    add_rules(parser, f"a case has to fulfill all that are given; without any: --threshold {DEFAULT_THRESHOLD}")
+    add_rules(
+        parser, f"a case has to fulfill --presence and all that are given; without any: --threshold {DEFAULT_THRESHOLD}"
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--finetune", action="store_true", help="start from the weights of the round before")
     training.add_argument(
@@ -75,8 +78,8 @@ def add_arguments(parser):
 def run(args) -> None:
     dataset = Dataset(dataset_name(args.d))
     rules = read_rules(args, Classes.from_file(dataset.json_file))
-    if rules == Rules():
-        rules = Rules(threshold=DEFAULT_THRESHOLD)
+    if replace(rules, presence=None, may_be_absent=()) == Rules():
+        rules = replace(rules, threshold=DEFAULT_THRESHOLD)
     settings = Settings(
         dataset=dataset.name,
         configuration=args.c,

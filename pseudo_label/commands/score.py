@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnunet_semiseg.data.splits import all_hidden_cases
-from nnunet_semiseg.datasets import Dataset, dataset_name
+from nnunet_semiseg.datasets import Dataset, dataset_name, dataset_reader
+from nnunet_semiseg.files import read_json
 from nnunet_semiseg.parallel import add_processes_argument
-from nnunet_semiseg.segmentations import Classes
+from nnunet_semiseg.segmentations import Classes, find_reader
 from pseudo_label.scores import BOTH_EMPTY, CONSENSUS, METRICS, find_labels, score_members
 
 
@@ -57,7 +58,7 @@ def add_arguments(parser):
 
 
 def run(args) -> None:
-    classes, labeled, hidden = _classes(args)
+    classes, labeled, hidden, reader = _classes(args)
     if args.labeled is not None and not args.labeled.is_dir():
         raise FileNotFoundError(f"--labeled {args.labeled} is not a folder")
     scores = score_members(
@@ -72,6 +73,7 @@ def run(args) -> None:
         args.np,
         args.overwrite,
         hidden=frozenset() if args.labeled else hidden,
+        reader=reader,
     )
     empty = [case for case, score in scores.items() if score.score is None]
     if empty:
@@ -86,11 +88,15 @@ def run(args) -> None:
     print(f"Written to {args.o}")
 
 
-def _classes(args) -> tuple[Classes, Path | None, set[str]]:
-    """The classes, the folder of the labeled cases' label maps if there is one, and the cases in it that are hidden."""
-    labeled, hidden = None, set()
+def _classes(args) -> tuple[Classes, Path | None, set[str], type | None]:
+    """The classes, the folder of the labeled cases' label maps and those of them that are hidden, nnU-Net's reader.
+
+    What nothing tells is None.
+    """
+    labeled, hidden, reader = None, set(), None
     if args.d:
         dataset = Dataset(dataset_name(args.d))
+        reader = dataset.reader
         classes = Classes.from_file(dataset.json_file)
         classes.check_order(dataset.json_file)
         # nnU-Net keeps a copy beside the preprocessed data.
@@ -101,8 +107,10 @@ def _classes(args) -> tuple[Classes, Path | None, set[str]]:
         file = args.dataset_json or args.i[0] / "dataset.json"
         classes = Classes.from_file(file)
         classes.check_order(file)
-    else:
-        return find_labels(args.i, args.np), None, hidden
+        reader = dataset_reader(read_json(file))
+    reader = reader or find_reader(*args.i)
+    if not (args.d or args.dataset_json or (args.i[0] / "dataset.json").is_file()):
+        return find_labels(args.i, args.np, reader), None, hidden, reader
     for member in args.i:
         file = member / "dataset.json"
         if file.is_file():
@@ -113,4 +121,4 @@ def _classes(args) -> tuple[Classes, Path | None, set[str]]:
                     f"{file} has the classes {', '.join(own.names)} with other names, values or order than "
                     f"{', '.join(classes.names)}. Members must have the same labels, and -d or --dataset-json, too"
                 )
-    return classes, labeled, hidden
+    return classes, labeled, hidden, reader

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nnunet_semiseg.segmentations import Classes
-from pseudo_label.scores import read_scores
+from pseudo_label.scores import read_labeled_volumes, read_scores
 from pseudo_label.selection import Rules, select, to_annotate
 from pseudo_label.selection_files import (
     case_images,
@@ -15,6 +16,9 @@ from pseudo_label.selection_files import (
     scored_classes,
     write_selection,
 )
+
+# With fewer than 20 labeled cases this is all of them.
+DEFAULT_PRESENCE = 0.95
 
 
 def add_rules(parser, meaning: str) -> None:
@@ -45,6 +49,16 @@ def add_rules(parser, meaning: str) -> None:
     rules.add_argument(
         "--balanced", action="store_true", help="with --top or --fraction: the classes take turns in choosing"
     )
+    rules.add_argument(
+        "--presence",
+        type=_share_or_off,
+        metavar="S",
+        help="classes that at least this share of the labeled cases has must be in the consensus; or off (default "
+        f"{DEFAULT_PRESENCE}, if labeled cases are known)",
+    )
+    rules.add_argument(
+        "--may-be-absent", nargs="+", default=[], metavar="NAME", help="classes for which --presence does not count"
+    )
     parser.add_argument(
         "--min-agreement",
         type=float,
@@ -65,6 +79,13 @@ def _pair(kind):
     return pair
 
 
+def _share_or_off(text: str) -> float | str:
+    return text if text == "off" else float(text)
+
+
+_share_or_off.__name__ = "share"
+
+
 def read_rules(args, classes: Classes) -> Rules:
     """Raises ValueError if a rule cannot be applied."""
     rules = Rules(
@@ -75,6 +96,8 @@ def read_rules(args, classes: Classes) -> Rules:
         args.top,
         args.fraction,
         args.balanced,
+        {None: DEFAULT_PRESENCE, "off": None}.get(args.presence, args.presence),
+        tuple(args.may_be_absent),
     )
     rules.check(classes.names)
     if not 0 <= args.min_agreement <= 1:
@@ -85,7 +108,7 @@ def read_rules(args, classes: Classes) -> Rules:
 def add_arguments(parser):
     parser.add_argument("-i", type=Path, required=True, metavar="SCORED", help="folder that pseudo_label score wrote")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of the decisions and label maps")
-    add_rules(parser, "a case has to fulfill all that are given; without any, every case with foreground is accepted")
+    add_rules(parser, "a case has to fulfill --presence and all that are given; without any, it needs foreground")
     annotate = parser.add_argument_group("annotation by a person")
     annotate.add_argument(
         "--annotate",
@@ -98,10 +121,12 @@ def add_arguments(parser):
 
 
 def run(args) -> None:
-    classes, scores = scored_classes(args.i), read_scores(args.i)
+    classes, scores, labeled = scored_classes(args.i), read_scores(args.i), read_labeled_volumes(args.i)
     # The scores may be of a version that did not check it.
     classes.check_order(args.i / "score.json")
     rules = read_rules(args, classes)
+    if args.presence is None and not labeled:
+        rules = replace(rules, presence=None)
     images = None
     if args.annotate is not None:
         if args.annotate < 1:
@@ -109,19 +134,25 @@ def run(args) -> None:
         if args.images is None:
             raise ValueError("--annotate needs the images as well: --images FOLDER")
         images = case_images(args.images, scores)
+    decisions = select(scores, rules, labeled)
     if args.overwrite:
         remove_selection(args.o)
     elif args.o.exists() and any(args.o.iterdir()):
         raise FileExistsError(f"{args.o} is not empty. Choose another -o, or replace what is there with --overwrite")
-    decisions = select(scores, rules)
     left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
-    chosen = to_annotate(left, args.annotate) if images is not None else []
+    lacking = {case for case, decision in decisions.items() if decision.lacking}
+    chosen = to_annotate(left, args.annotate, lacking) if images is not None else []
     if chosen:
         export_for_annotation(args.i, args.o / "annotate", chosen, scores, images, classes)
     write_selection(args.i, args.o, decisions, scores, classes, args.min_agreement)
     accepted = [case for case, decision in decisions.items() if decision.accepted]
     print(f"{len(accepted)} of {len(decisions)} cases are accepted. Label maps: {args.o / 'labels'}")
     print(f"Reasons: {args.o / 'selection.csv'}")
+    if args.presence is None and not labeled:
+        print(
+            "No labeled cases are known, so a class that all members missed goes unnoticed. Score with -d, or with "
+            "--labeled"
+        )
     if args.min_agreement > 0:
         ignore = ignore_value(classes)
         print(

@@ -82,7 +82,8 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
       class is used, in the whole case: a far false blob would attract patches for the rest of the run.
     * Phase 2 starts when every class is found in labeled patches (``min_recall``), so that pseudo labels do not teach
       that a class is absent.
-    * ``largest_component`` is wrong for structures in several pieces (tumors, ribs): turn it off there.
+    * ``largest_component`` is wrong for structures in several pieces (tumors, ribs): turn it off there. Of nested
+      regions, the inner one's component is the largest in the component of the outer one.
     * The paper's code computes a ramped consistency weight and never uses it; here ``ramp_up`` raises
       ``pseudo_weight`` after the change of phase.
     """

@@ -33,7 +33,7 @@ def add_arguments(parser):
     parser.add_argument("-p", required=True, metavar="PREDICTION", help="folder with the predicted label maps")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument(
-        "-d", help="dataset id or name: its labels and reader (default: PREDICTION's or GROUND_TRUTH's own)"
+        "-d", help="dataset id or name: its labels and reader (default: PREDICTION's or GROUND_TRUTH's)"
     )
     labels.add_argument("-djfile", "--dataset-json", metavar="FILE", help="a dataset.json, for its labels")
     labels.add_argument("--labels", nargs="+", help="the labels: 1 2 3, or with names: liver=1 kidneys=2,3 ignore=255")

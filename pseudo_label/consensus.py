@@ -232,7 +232,7 @@ def mean_probabilities(
         raise CaseError(
             f"{files[m]} does not belong to the label map beside it: {100 * improbable[m] / foreground[m]:.0f} % of "
             "the map's foreground is improbable. Predict the case again. If the plans' reader is one that reorients "
-            "images, move the .npz files away, so that label maps are compared"
+            "images, give -d, or put plans.json beside the label maps, as nnUNetv2_predict does"
         )
     # Rounding may lift it a little above 1.
     entropy /= len(channels) * np.log(2) if classes.region_order else np.log(len(channels))

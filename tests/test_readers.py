@@ -327,11 +327,7 @@ def test_only_a_reader_that_does_not_reorient_warns_of_orientation(own, capfd, r
 
 def test_spacings_beside_3d_tiffs_are_part_of_the_images(own, capfd):
     raw, preprocessed = own("Tiff3DIO", ".tif")
-    for folder in ("imagesTr", "labelsTr", "imagesUn"):
-        for file in (raw / folder).iterdir():
-            voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-            file.unlink()
-            tiff3d(file.with_name(file.name.replace(".nii.gz", ".tif")), voxels, (1, 1, 1))
+    as_tiffs(raw)
     tiff3d(raw / "imagesUn" / "cell6_0000.tif", make_case(6)[0], (2.0, 1.0, 1.0))
     (raw / "imagesUn" / "unl_01.json").unlink()
     (raw / "imagesTr" / "lab_01.json").unlink()
@@ -352,6 +348,43 @@ def test_spacings_beside_3d_tiffs_are_part_of_the_images(own, capfd):
     (raw / "imagesUn" / "cell6.json").rename(raw / "imagesUn" / "cel6.json")
     assert preprocess() == 1
     assert "cel6.json is the spacing of an image cel6_0000.tif, which is not there" in capfd.readouterr().err
+
+
+def as_tiffs(raw):
+    for folder in ("imagesTr", "labelsTr", "imagesUn"):
+        for file in (raw / folder).iterdir():
+            voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+            file.unlink()
+            tiff3d(file.with_name(file.name.replace(".nii.gz", ".tif")), voxels, (1, 1, 1))
+
+
+def test_rounds_hand_spacings_on(own, tmp_path):
+    from nnunet_semiseg.datasets import Dataset
+    from pseudo_label.rounds import Rounds, Settings
+    from pseudo_label.selection import Rules
+
+    raw, preprocessed = own("Tiff3DIO", ".tif")
+    as_tiffs(raw)
+    members = ("nnUNetTrainerMeanTeacher", "nnUNetTrainerMeanTeacher_seed=1")
+    settings = Settings(raw.name, "3d_fullres", "nnUNetPlans_cpu", members, 1, Rules())
+    rounds = Rounds(settings, tmp_path / "rounds", None, 1, 1)
+    assert rounds.reader is reader_of("Tiff3DIO")
+    labeled = rounds._labels_of_training_cases()
+    assert {p.name for p in labeled.iterdir()} == {f"lab_0{i}{e}" for i in range(3) for e in (".tif", ".json")}
+    tiff3d(tmp_path / "labels" / "unl_00.tif", make_case(100)[1], (1, 1, 1))
+    rounds.manifest.rounds = [{"dataset": raw.name, "steps": {}}, {"dataset": "Dataset950_next", "steps": {}}]
+    following = rounds._next(1)
+    following.pseudo["unl_00"] = tmp_path / "labels" / "unl_00.tif"
+    following._build_raw(Dataset("Dataset950_next"))
+    built = raw.with_name("Dataset950_next")
+    for folder in ("imagesTr", "labelsTr", "imagesUn"):
+        names = {p.name for p in (built / folder).iterdir()}
+        cases = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+        assert cases and len(names) == 2 * len(cases), names
+        for case in cases:
+            image = built / folder / (f"{case}.tif" if folder == "labelsTr" else f"{case}_0000.tif")
+            assert image.is_file() and (built / folder / f"{case}.json").is_file()
+    assert "unl_00" not in Dataset("Dataset950_next").images("imagesUn")
 
 
 def test_another_origin_of_a_second_channel_reaches_doctor_and_preprocess(own, capfd):

@@ -32,7 +32,9 @@ def add_arguments(parser):
     parser.add_argument("-g", required=True, metavar="GROUND_TRUTH", help="folder with the ground truth's label maps")
     parser.add_argument("-p", required=True, metavar="PREDICTION", help="folder with the predicted label maps")
     labels = parser.add_mutually_exclusive_group()
-    labels.add_argument("-d", help="dataset id or name, for its labels (default: PREDICTION's or GROUND_TRUTH's own)")
+    labels.add_argument(
+        "-d", help="dataset id or name: its labels and reader (default: PREDICTION's or GROUND_TRUTH's)"
+    )
     labels.add_argument("-djfile", "--dataset-json", metavar="FILE", help="a dataset.json, for its labels")
     labels.add_argument("--labels", nargs="+", help="the labels: 1 2 3, or with names: liver=1 kidneys=2,3 ignore=255")
     parser.add_argument("-o", metavar="OUT", help="folder for evaluation.csv and evaluation.json (default: PREDICTION)")

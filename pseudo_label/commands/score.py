@@ -24,7 +24,7 @@ def add_arguments(parser):
     parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of consensus and scores")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument(
-        "-d", help="dataset id or name: its labels, and the volumes of its labeled cases to compare with"
+        "-d", help="dataset id or name: its labels and reader, and the volumes of its labeled cases to compare with"
     )
     labels.add_argument(
         "--dataset-json",

@@ -18,6 +18,7 @@ from nnunet_semiseg.datasets import CaseError, Dataset
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.parallel import over_cases
 from nnunet_semiseg.segmentations import Classes, read_labels
+from nnunet_semiseg.trainers.frame import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import MAX_NAME, OptionError, check_folder_name
 from nnunet_semiseg.trainers.registry import find_trainer
 from pseudo_label.executors import Failure, Job, end_of, lock
@@ -304,7 +305,7 @@ class Rounds:
         return None
 
     def _members_that_need_unlabeled(self) -> list[str]:
-        return [member.trainer for member in self.members if find_trainer(member.trainer) is not None]
+        return [member.trainer for member in self.members if _learns_from_unlabeled(member.trainer)]
 
     # ----------------------------------------------------------------------------------------------------- the steps
 
@@ -665,6 +666,11 @@ class Rounds:
         command += ["--min-agreement", str(s.min_agreement)] if s.min_agreement else []
         images = str(self.round_folder(number) / "images")
         return command + (["--annotate", str(s.annotate), "--images", images] if s.annotate else [])
+
+
+def _learns_from_unlabeled(name: str) -> bool:
+    trainer = find_trainer(name) or recursive_find_trainer_class_by_name(name)
+    return issubclass(trainer, SemiSupervisedTrainer) and trainer.learns_from_unlabeled()
 
 
 def _volumes(scores: dict[str, CaseScore], cases) -> list[dict[str, float]]:

@@ -45,8 +45,6 @@ VANILLA, ALL = "vanilla", "all labels"
 # Equals nnU-Net's own trainer bit for bit, and takes the same schedule options as the others.
 VANILLA_TRAINER = "MeanTeacher_consistency_weight=0"
 PREFIX = "nnUNetTrainer"
-# Methods whose teacher, if there is one, makes no labels.
-LABELED_BY_STUDENT = (VANILLA, "CoraNet")
 RECORD, SNAPSHOTS, QUALITY = "benchmark.json", "snapshots", "pseudo_label_quality.csv"
 QUALITY_COLUMNS = ["epoch", "network", "class", "dice"]
 # Checkpoints of a run whose pseudo labels are scored.
@@ -953,7 +951,8 @@ def draw_quality(axes, runs: list[Run], look: dict) -> None:
             found[network][epoch].append(dice)
     if not found:
         return
-    order = ("student",) if runs[0].method.split("_")[0] in LABELED_BY_STUDENT else ("teacher", "second", "student")
+    by_student = runs[0].method == VANILLA or find_trainer(runs[0].trainer).labeled_by == "student"
+    order = ("student",) if by_student else ("teacher", "second", "student")
     labeling = next(network for network in order if network in found)
     for network in dict.fromkeys((labeling, "student")):
         # Epochs that all seeds have.

@@ -36,24 +36,24 @@ import torch  # noqa: E402
 from nnunetv2.run.run_training import get_trainer_from_args  # noqa: E402
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa: E402
 
+from nnunet_semiseg.trainers.frame import TwoPhaseTrainer  # noqa: E402
+from nnunet_semiseg.trainers.registry import TRAINERS as METHODS  # noqa: E402
+
 SETTINGS = "_num_iterations_per_epoch=100000_1epochs_seed=1"
 TWO_PHASES = "_pretraining=0_min_recall=0"
-# Trainer -> options with which it uses unlabeled data at once; passes of a step through the student: forward and
-# backward, forward only; the same through the second network.
+# With these, more patches serve more steps than the benchmark has.
+MORE = {"CoraNet": "_relabel_every=100000_label_reuse=50000"}
+
+
+def _described(name: str, trainer) -> tuple:
+    """Options with which a trainer uses unlabeled data at once, and its ``passes``."""
+    start = TWO_PHASES if issubclass(trainer, TwoPhaseTrainer) else "_warm_up=0"
+    return (start + MORE.get(name, ""), *trainer.passes)
+
+
 TRAINERS = {
-    "MeanTeacher": ("_warm_up=0", 2, 1, 0, 0),
-    "UAMT": ("_warm_up=0", 2, 8, 0, 0),
-    "EntropyMinimization": ("_warm_up=0", 2, 0, 0, 0),
-    "PiModel": ("_warm_up=0", 3, 0, 0, 0),
-    "CoraNet": (f"{TWO_PHASES}_relabel_every=100000_label_reuse=50000", 2, 1, 0, 0),
-    "MeanTeacherBURL": (TWO_PHASES, 2, 1, 0, 0),
-    "BCP": (TWO_PHASES, 2, 1, 0, 0),
-    "BCPBURL": (TWO_PHASES, 2, 1, 0, 0),
-    "CPS": (TWO_PHASES, 2, 1, 2, 1),
-    "DTML": ("_warm_up=0", 2, 0, 2, 0),
-    "DTC": ("_warm_up=0", 2, 0, 0, 0),
-    # The winner labels, be it the one or the other.
-    "DualStream": (TWO_PHASES, 2, 0.5, 2, 0.5),
+    name.removeprefix("nnUNetTrainer"): _described(name.removeprefix("nnUNetTrainer"), trainer)
+    for name, trainer in METHODS.items()
 }
 STOCK = f"nnUNetTrainerMeanTeacher{SETTINGS}_consistency_weight=0"
 

@@ -12,6 +12,8 @@ from test_frame import run_until
 from test_methods import predict
 
 from nnunet_semiseg import checkpoints, cli
+from nnunet_semiseg.trainers.registry import TRAINERS
+from pseudo_label.rounds import _learns_from_unlabeled
 
 METHOD = """
 from dataclasses import dataclass
@@ -69,6 +71,17 @@ def test_the_control_is_the_mean_teacher_with_weight_0_bit_for_bit(started):
         train_steps(trainer, 3)
         weights.append(flat(trainer.network))
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_rounds_know_which_members_need_unlabeled_cases(name):
+    assert _learns_from_unlabeled(name) and _learns_from_unlabeled(f"{name}_5epochs")
+    if "pretraining=1" not in TRAINERS[name].switched_off:
+        assert not _learns_from_unlabeled(f"{name}_{TRAINERS[name].switched_off}")
+
+
+def test_members_of_nnunet_need_none():
+    assert not any(map(_learns_from_unlabeled, ("nnUNetTrainer", "nnUNetTrainer_20epochs", "nnUNetTrainer_seed=1")))
 
 
 @pytest.fixture

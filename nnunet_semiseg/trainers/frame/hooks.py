@@ -15,7 +15,7 @@ from nnunet_semiseg.losses.ramps import ramp_up_between
 from nnunet_semiseg.networks.ema import EMATeacher
 from nnunet_semiseg.networks.features import full_resolution
 from nnunet_semiseg.trainers.frame.settings import SeedOptions
-from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.options import build_options, option
 
 
 class Term(NamedTuple):
@@ -84,6 +84,8 @@ class MethodHooks:
     corrected = ""
     # Which network makes the targets of unlabeled patches: student, teacher or second.
     labeled_by = "student"
+    # Passes of a step through the student: forward and backward, forward only; the same through a second network.
+    passes: tuple[float, float, float, float] = (2, 1, 0, 0)
     # The terms of a step with default options, and the networks that each one trains.
     terms: dict[str, tuple[str, ...]] = {"supervised": ("student",)}
     # The settings in a trainer's name with which its student trains as in nnU-Net, on labels alone.
@@ -97,8 +99,18 @@ class MethodHooks:
         return {}
 
     def needs_unlabeled(self) -> bool:
-        """Whether any step of the run can have unlabeled data; if not, a dataset needs no unlabeled cases."""
+        """Whether any step of the run can have unlabeled data; if not, a dataset needs no unlabeled cases.
+
+        A function of ``self.options`` alone.
+        """
         return True
+
+    @classmethod
+    def learns_from_unlabeled(cls) -> bool:
+        """``needs_unlabeled`` of a trainer of this name, without making one."""
+        trainer = cls.__new__(cls)
+        trainer.options = build_options(cls.Options, cls.chosen_options)
+        return trainer.needs_unlabeled()
 
     def uses_unlabeled(self) -> bool:
         """Whether this step has an unsupervised loss; a function of ``self.progress``, the same on all ranks."""

@@ -72,6 +72,7 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
         "propagation) and its channel of slice positions"
     )
     labeled_by = "second"
+    passes = (2, 1, 2, 1)
     terms = dict(supervised=STUDENT, supervised_second=SECOND, cross_first=STUDENT, cross_second=SECOND)
     switched_off = "pseudo_weight=0"
     Options = CPSOptions

@@ -48,6 +48,7 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
         "weight 0.33 is the published 1 of their mean for three"
     )
     labeled_by = "student"
+    passes = (2, 0, 0, 0)
     terms = dict(
         supervised=STUDENT,
         **dict.fromkeys(("distance", "consistency_labeled", "consistency"), ("student", "distance_head")),

@@ -89,6 +89,7 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
         "classes; the distance network has the plans' outputs, background included, and deep supervision"
     )
     labeled_by = "second"
+    passes = (2, 0, 2, 0)
     terms = dict(supervised=STUDENT, mask=SECOND, consistency_labeled=BOTH, consistency=BOTH)
     switched_off = "consistency_weight=0"
     Options = DTMLOptions

@@ -122,6 +122,8 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         "code's share takes nearly all foreground"
     )
     labeled_by = "second"
+    # The winner labels, be it the one or the other.
+    passes = (2, 0.5, 2, 0.5)
     terms = dict(
         **dict.fromkeys(("supervised", "pseudo_first", "contrast_first"), STUDENT),
         **dict.fromkeys(("supervised_second", "pseudo_second", "contrast_second"), SECOND),

@@ -26,6 +26,7 @@ class nnUNetTrainerEntropyMinimization(SemiSupervisedTrainer):
     idea = "the student is asked to be sure"
     corrected = ""
     labeled_by = "student"
+    passes = (2, 0, 0, 0)
     terms = dict(supervised=STUDENT, entropy=STUDENT)
     switched_off = "entropy_weight=0"
     Options = EntropyMinimizationOptions

@@ -29,6 +29,7 @@ class nnUNetTrainerPiModel(SemiSupervisedTrainer):
     idea = "two noisy looks of one network agree"
     corrected = ""
     labeled_by = "student"
+    passes = (3, 0, 0, 0)
     terms = dict(supervised=STUDENT, consistency=STUDENT)
     switched_off = "consistency_weight=0"
     Options = PiModelOptions

@@ -62,6 +62,7 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
         "no dropout"
     )
     labeled_by = "teacher"
+    passes = (2, 8, 0, 0)
     Options = UAMTOptions
     options: UAMTOptions
 

@@ -30,7 +30,7 @@ from torch import autocast, nn
 import nnunet_semiseg
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.randomness import RandomStream, global_state, seed_everything, set_global_state
-from nnunet_semiseg.data.splits import check_fold, hidden_cases
+from nnunet_semiseg.data.splits import check_fold, check_trained_on, hidden_cases
 from nnunet_semiseg.data.unlabeled import (
     ForegroundLocations,
     UnlabeledDataLoader,
@@ -152,6 +152,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.random_stream: RandomStream | None = None
         self.foreground_locations: dict = {}
         self.absent_classes: set[str] = set()
+        # Also before a restart.
+        self.trained_on: set[str] = set()
         self._resumed_random_state = None
         self._is_resumed = False
         self._non_finite_in_a_row = self._non_finite_total = 0
@@ -384,10 +386,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         locations = ForegroundLocations(self._foreground_file) if self.options.unlabeled_foreground_sampling else None
         return UnlabeledDataset([(str(store), stored), (str(labeled_folder), hidden)], locations)
 
+    @property
+    def _splits_file(self) -> Path:
+        return Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+
     def _hidden_cases(self) -> list[str]:
         """Labeled cases whose labels this fold hides, after a check of the fold."""
         known = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
-        return hidden_cases(Path(self.preprocessed_dataset_folder_base) / "splits_final.json", self.fold, known)
+        return hidden_cases(self._splits_file, self.fold, known)
 
     def do_split(self):
         """nnU-Net's, after a check of the fold: labels are read through here, and not otherwise."""
@@ -413,6 +419,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         dataset, _ = self.get_tr_and_val_datasets()
         if not dataset.identifiers:
             raise ValueError(f"Fold {self.fold} has no labeled training cases. Write it with nnunet_semiseg split")
+        self.trained_on.update(map(str, dataset.identifiers))
         absent = dict(zip(self.class_names, map(_as_key, self.labels.foreground_names)))
         for case in dataset.identifiers:
             locations = dataset.load_case(case)[3]["class_locations"]
@@ -823,6 +830,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "companions": self.companions.state_dict(),
             "random": random_states,
             "non_finite_steps": self._non_finite_total,
+            "trained_on": sorted(self.trained_on),
             "method": self.method_state(),
             "foreground_locations": {
                 case: {k: torch.from_numpy(v) for k, v in by_class.items()}
@@ -845,6 +853,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         Raises:
             CheckpointError: if no checkpoint can be read, or it is of another trainer.
+            ValueError: if it was trained on labels that the fold now hides.
         """
         if not self.was_initialized:
             self.initialize()
@@ -855,6 +864,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"{file} was not written by a trainer of nnunet_semiseg, so there is nothing to continue. To start "
                 f"from its weights use nnUNetv2_train ... -pretrained_weights {file}"
             )
+        self.trained_on = set(state.get("trained_on", ()))
+        cure = "Train anew, without --c, or restore the splits that it was trained with"
+        check_trained_on(self._splits_file, self.fold, self.trained_on, file, cure)
         super().load_checkpoint(str(file))
         self._is_resumed = True
         if "student" in state:

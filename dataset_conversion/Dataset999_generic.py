@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from dataset_conversion.common import Case, Download, Source, by_name, junk
+from dataset_conversion.common import Case, Download, Source, by_name, has_series, junk
 from nnunet_semiseg.files import read_table
-from nnunet_semiseg.segmentations import find_files, patients_of
+from nnunet_semiseg.segmentations import FILE_ENDINGS, find_files, patients_of
 
 # Of further formats that SimpleITK reads; of pairs of files, the one with the header.
 ENDINGS = (".gipl.gz", ".hdr.gz", ".gipl", ".hdr", ".jpeg", ".jpg", ".mnc", ".nhdr", ".vtk")
@@ -19,7 +20,10 @@ ENDINGS = (".gipl.gz", ".hdr.gz", ".gipl", ".hdr", ".jpeg", ".jpg", ".mnc", ".nh
 def _label(text: str) -> tuple[str, tuple[int, ...]]:
     name, _, values = text.partition("=")
     if not name or not re.fullmatch(r"\d+(,\d+)*", values) or "0" in values.split(","):
-        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE, such as liver=1 or kidney=2,13; 0 is background")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not NAME=VALUE, such as liver=1 or kidney=2,13; 0 is background. The files of the labels are "
+            "given with --segmentations"
+        )
     return name, tuple(int(value) for value in values.split(","))
 
 
@@ -95,7 +99,9 @@ def _matching(download: Download, pattern: str) -> dict[str, Path]:
     inner = [folder for root in download.roots for folder in sorted(root.iterdir()) if folder.is_dir()]
     for root in [*download.roots, *inner]:
         files = {
-            file: file.relative_to(root) for file in sorted(root.glob(pattern)) if not junk(file.relative_to(root))
+            file: file.relative_to(root)
+            for file in sorted(root.glob(pattern))
+            if not any(map(junk, (file, *file.relative_to(root).parents)))
         }
         if files:
             return by_name(files, lambda file, files=files: files[file].parts[depth])
@@ -116,20 +122,25 @@ def _of_folders(download: Download, args: Namespace) -> list[Case]:
         files = {f.name: f for f in sorted(images.iterdir()) if f.is_dir() and not f.name.startswith(".")}
         if not files:
             raise
+        _check_series(images, next(iter(files.values())))
     found = find_files(labels, more=ENDINGS)
     # CASE_0000 and CASE_0001, as nnU-Net names channels. The number of scan_2019 is no channel, nor is one that labels
-    # have as well, or that there are more of than channels.
+    # have as well, or that there are more of than channels; unless a label is called CASE, or there is no other number.
     numbered: dict[str, list[str]] = {}
     for name in files:
-        base, number = name.rpartition("_")[::2]
-        if re.fullmatch(r"\d{4}", number):
+        if base := _base(name):
             numbered.setdefault(base, []).append(name)
     cases_of = {
         name: base
         for base, several in numbered.items()
-        if f"{base}_0000" in several and len(several) <= len(args.channels) and not set(several) & set(found)
+        if f"{base}_0000" in several
+        and (
+            base in found or len(several) == 1 or (len(several) <= len(args.channels) and not set(several) & set(found))
+        )
         for name in several
     }
+    # Labels that are called as the first channel.
+    found = {name if cases_of.get(name) in found else cases_of.get(name, name): file for name, file in found.items()}
     channels: dict[str, list[Path]] = {}
     for name, file in files.items():
         channels.setdefault(cases_of.get(name, name), []).append(file)
@@ -137,6 +148,23 @@ def _of_folders(download: Download, args: Namespace) -> list[Case]:
     if alone:
         raise ValueError(f"{found[alone[0]]} has no image in {images}. Images are called, e.g., {next(iter(files))}")
     return [Case(name, name, tuple(files), found.get(name)) for name, files in channels.items()]
+
+
+def _base(name: str) -> str:
+    """CASE of CASE_0001; empty for other names."""
+    base, number = name.rpartition("_")[::2]
+    return base if re.fullmatch(r"\d{4}", number) else ""
+
+
+def _check_series(folder: Path, first: Path) -> None:
+    """Raises ValueError if the first of the folders in ``folder`` holds images other than DICOM series."""
+    images = (file for file in sorted(first.iterdir()) if file.name.lower().endswith((*ENDINGS, *FILE_ENDINGS)))
+    image = next((file for file in images if not junk(file)), None)
+    if image and not has_series(first):
+        raise ValueError(
+            f"{folder} has a folder for each case, with files such as {image}. Give patterns: --images "
+            f"'*/{image.name}', and --segmentations as well"
+        )
 
 
 def _inside(download: Download, path: str) -> Path:
@@ -173,8 +201,13 @@ def _of_table(download: Download, args: Namespace) -> list[Case]:
         split = row.get("split") or "train"
         if not images or split not in ("train", "validation", "test"):
             raise ValueError(f"{args.csv}, line {line}: no image, or a split that is not train, validation or test")
-        case = row.get("case") or images[0].name.split(".")[0].removesuffix("_0000")
-        result.append(Case(case, row.get("patient") or case, images, label, split))
+        result.append(Case(row.get("case") or "", row.get("patient") or "", images, label, split))
+    names = [case.images[0].name.split(".")[0] for case in result]
+    several = Counter(map(_base, set(names)))
+    for i, name in enumerate(names):
+        # The number of case_0000 is a channel's, but not beside case_0001.
+        case = result[i].name or (name.removesuffix("_0000") if several[_base(name)] == 1 else name)
+        result[i] = replace(result[i], name=case, patient=result[i].patient or case)
     return result
 
 

@@ -287,6 +287,12 @@ def labels_of(image: sitk.Image, file: Path, known: frozenset[int] | None = None
     return check_labels(np.moveaxis(voxels, -1, 0) if several else voxels[None], file, known)
 
 
+def has_series(folder: Path) -> bool:
+    """Whether there is a DICOM series in a folder or below."""
+    folders = (folder, *(below for below in folder.rglob("*") if below.is_dir()))
+    return any(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(place)) for place in folders)
+
+
 def read_series(folder: Path) -> sitk.Image:
     """The DICOM series of a folder, or of the one below that has slices; they are sorted by position.
 

@@ -13,7 +13,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_semiseg.data.preprocessing import SUFFIXES, preprocess_cases
-from nnunet_semiseg.data.splits import read_splits
+from nnunet_semiseg.data.splits import choose_folds, read_splits
 from nnunet_semiseg.data.unlabeled import store_folder
 from nnunet_semiseg.datasets import CaseError, Dataset, check_there, sidecar
 from nnunet_semiseg.files import link, read_json, visible_files, write_json
@@ -58,11 +58,7 @@ def read_cases(dataset: Dataset, folds: list[int]) -> Cases:
     else:
         # As nnU-Net makes it with the first training.
         splits = generate_crossval_split(sorted(labeled), seed=12345, n_splits=5)
-    absent = [fold for fold in folds if fold >= len(splits)]
-    if absent:
-        number = f"{len(splits)} fold{'s' if len(splits) > 1 else ''}"
-        raise ValueError(f"{splits_file} has {number}, there is no fold {absent[0]}. They count from 0")
-    chosen = {fold: splits[fold] for fold in folds}
+    chosen = choose_folds(splits_file, splits, folds)
     hidden = [sorted(split.get("unlabeled", [])) for split in chosen.values()]
     unknown = sorted({c for cases in hidden for c in cases} - set(labeled))
     if unknown:

@@ -14,6 +14,7 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_semiseg import checkpoints
+from nnunet_semiseg.data.splits import check_trained_on
 from nnunet_semiseg.datasets import CaseError, Dataset
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.parallel import over_cases
@@ -332,19 +333,22 @@ class Rounds:
         """The members whose models of round 0 are not of these rounds.
 
         Raises:
-            ValueError: if one was validated on other cases than its fold has.
+            ValueError: if one was validated on other cases than its fold has, or trained on labels that it now hides.
         """
         found = []
         for member in self.members:
             file = self._summary(0, member)
             if self._validation(0, member) is None or self._log(0, member).is_file():
                 continue
+            cure = f"Move {file.parent.parent} away, and the member is trained"
             cases = {Path(of["reference_file"]).name for of in read_json(file)["metric_per_case"]}
             if cases != {f"{case}{self.first.file_ending}" for case in self.cases.folds[member.fold]["val"]}:
-                raise ValueError(
-                    f"{file} is of other validation cases than fold {member.fold} has. Move {file.parent.parent} "
-                    "away, and the member is trained"
-                )
+                raise ValueError(f"{file} is of other validation cases than fold {member.fold} has. {cure}")
+            if find_trainer(member.trainer) is not None:
+                checkpoint = file.parent.parent / "checkpoint_final.pth"
+                state = checkpoints.read(checkpoint).get(checkpoints.STATE_KEY, {})
+                splits_file = self.first.preprocessed / "splits_final.json"
+                check_trained_on(splits_file, member.fold, state.get("trained_on", ()), checkpoint, cure)
             print(f"{member.name} is trained already, and is used as it is: {file.parent.parent}")
             found.append(member.name)
         return found

@@ -35,7 +35,7 @@ from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.splits import read_splits
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import Dataset, check_variables, dataset_name
-from nnunet_semiseg.files import read_json, read_table, whole, write_csv, write_json, write_text
+from nnunet_semiseg.files import read_json, read_table, read_text, whole, write_csv, write_json, write_text
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.networks.second import second_plans
 from nnunet_semiseg.trainers.options import OptionError
@@ -390,9 +390,9 @@ class Benchmark:
         """Make splits_final.json what the folds are; another one is kept under a new name."""
         text = json.dumps(list(self.folds.values()), indent=4)
         if self.splits_file.is_file():
-            former = self.splits_file.read_text()
-            if json.loads(former) == json.loads(text):
+            if read_splits(self.splits_file) == json.loads(text):
                 return
+            former = read_text(self.splits_file)
             backup, number = self.splits_file.with_name("splits_final.json.before_benchmark"), 1
             while backup.is_file() and backup.read_text() != former:
                 number += 1

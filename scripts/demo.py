@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_semiseg.data.splits import read_splits
 from nnunet_semiseg.files import read_json
 
 LABELED, UNLABELED, HELD_OUT = 4, 20, 6
@@ -79,7 +80,7 @@ def heldout(raw: str, target: str) -> None:
         fold, kind = "all", "Ts"
         cases = [p.name[: -len(ending)] for p in sorted((raw / "labelsTs").glob("*" + ending))]
     else:
-        from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+        from batchgenerators.utilities.file_and_folder_operations import save_json
         from nnunetv2.utilities.crossval_split import generate_crossval_split
 
         fold, kind = "0", "Tr"
@@ -87,7 +88,7 @@ def heldout(raw: str, target: str) -> None:
         if not file.is_file():
             every = sorted(p.name[: -len(ending)] for p in (raw / "labelsTr").glob("*" + ending))
             save_json(generate_crossval_split(every), str(file))
-        cases = load_json(str(file))[0]["val"]
+        cases = read_splits(file)[0]["val"]
     for name in ("images", "labels"):
         (target / name).mkdir(parents=True, exist_ok=True)
     for case in cases:

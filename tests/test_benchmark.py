@@ -168,6 +168,16 @@ def test_splits_that_were_there_are_kept(dataset, write, capsys):
     assert "lab_05" in backup.with_name(backup.name + "_2").read_text()
 
 
+@pytest.mark.parametrize("validation", [None, ["lab_05"]])
+def test_splits_that_are_cut_off_are_named(dataset, write, capsys, validation):
+    splits = dataset / "splits_final.json"
+    splits.write_text('[{"train": ["lab')
+    assert main(write(validation=validation), "--minutes", 0) == 2
+    error = capsys.readouterr().err
+    assert f"{splits} is cut off, or no valid JSON" in error and error.count("\n") == 1
+    assert splits.read_text() == '[{"train": ["lab'
+
+
 def test_results_on_other_cases_are_refused(dataset, write, work, capsys):
     run = benchmark.Benchmark(write(), "cpu").runs[0]
     benchmark.update_record(run.fold, split={"train": ["lab_00"], "val": ["lab_05"], "unlabeled": []})

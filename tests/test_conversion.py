@@ -16,9 +16,11 @@ import pytest
 import SimpleITK as sitk
 from conftest import REPOSITORY, make_case, write_image
 
+from dataset_conversion import Dataset999_generic
 from dataset_conversion.common import Case, Download, _put
 from nnunet_semiseg import cli
 from nnunet_semiseg.commands import convert as command
+from nnunet_semiseg.datasets import Dataset
 from nnunet_semiseg.segmentations import find_files
 
 LABELS = ["--channels", "MRI", "--labels", "ball=1", "core=2"]
@@ -227,6 +229,62 @@ def test_a_number_is_a_channel_or_a_part_of_the_name(tmp_path, channels, images,
     found = read(Download(tmp_path, tmp_path / "unpacked"), Namespace(**arguments))
     assert {case.name: len(case.images) for case in found} == cases
     assert {case.name for case in found if case.label} == set(labels)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "cases", "labeled"),
+    [
+        # Each has one number: that of the channel, whether labels have it as well or not.
+        ("a_0000 b_0000", "a_0000 b_0000", "a b", "a b"),
+        ("a_0000 b_0000", "a b", "a b", "a b"),
+        # A second channel that is not named is said when the case is converted.
+        ("a_0000 a_0001", "a", "a a", "a"),
+        ("a_0000 a_0001 b_0000", "a_0001 b", "a_0000 a_0001 b", "a_0001 b"),
+    ],
+)
+def test_numbers_of_each_case_on_their_own(tmp_path, images, labels, cases, labeled):
+    volumes(tmp_path, *(f"images/{i}.nii.gz" for i in images.split()), *(f"labels/{i}.nii.gz" for i in labels.split()))
+    arguments = Namespace(csv=None, patient=None, labels=[("ball", (1,))], channels=["MRI"], images=["images"])
+    arguments.segmentations = "labels"
+    found = Dataset999_generic.cases(Download(tmp_path, tmp_path / "unpacked"), arguments)
+    assert [case.name for case in found for _ in case.images] == cases.split()
+    assert [case.name for case in found if case.label] == labeled.split()
+    assert command._checked(found) == found
+
+
+@pytest.mark.parametrize("by_table", [False, True])
+def test_cases_that_are_numbered_from_0000(raw, tmp_path, by_table):
+    """Up to a dataset that nnU-Net and this package read."""
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    folder, numbered = tmp_path / "download", [f"case_{i:04d}" for i in range(3)]
+    volumes(folder, *(f"images/{name}.nii.gz" for name in numbered))
+    volumes(folder, *(f"labels/{name}.nii.gz" for name in numbered[:2]))
+    rows = ["image;label", *(f"images/{name}.nii.gz;labels/{name}.nii.gz" for name in numbered)]
+    rows[-1] = rows[-1].partition(";")[0] + ";"
+    (tmp_path / "cases.csv").write_text("\n".join(rows))
+    assert generic(folder, *(["--csv", tmp_path / "cases.csv"] if by_table else [])) == 0
+    dataset = raw / "Dataset501_generic"
+    assert names(dataset / "labelsTr") == numbered[:2] and names(dataset / "imagesUn") == ["case_0002_0000"]
+    assert np.array_equal(voxels(dataset / "imagesTr" / "case_0001_0000.nii.gz"), make_case(1)[0])
+    verify_dataset_integrity(str(dataset), num_processes=1)
+    assert list(Dataset("Dataset501_generic").images("imagesTr")) == numbered[:2]
+
+
+def test_folders_of_images_that_are_no_dicom_series_are_told_from_them(raw, tmp_path, capsys):
+    volumes(tmp_path / "download", "p_1/imaging.nii.gz", "p_1/segmentation.nii.gz", "labels/p_1.nii.gz")
+    shutil.move(tmp_path / "download" / "p_1", tmp_path / "download" / "images" / "p_1")
+    assert generic(tmp_path / "download") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and error.count("\n") == 1
+    assert "Give patterns: --images '*/imaging.nii.gz', and --segmentations as well" in error
+
+
+def test_hidden_folders_are_no_cases(raw, tmp_path):
+    files = ("imaging.nii.gz", "segmentation.nii.gz")
+    volumes(tmp_path / "download", *(f"{folder}/{file}" for folder in ("p_1", ".trash", "__MACOSX") for file in files))
+    assert generic(tmp_path / "download", "--images", "*/imaging.nii.gz", "--segmentations", "*/segm*.nii.gz") == 0
+    assert names(raw / "Dataset501_generic" / "labelsTr") == ["p_1"]
 
 
 @pytest.mark.parametrize("around", ["", "kits/"])
@@ -505,7 +563,7 @@ def test_label_without_image_and_missing_folders_setting(raw, download, capsys, 
     assert "nnUNet_raw is not set" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", ["liver", "liver=x", "=1", "liver=0", "liver=1,0"])
+@pytest.mark.parametrize("bad", ["liver", "liver=x", "=1", "liver=0", "liver=1,0", "*/segmentation.nii.gz"])
 def test_labels_that_are_no_names_and_values(raw, download, capsys, bad):
     with pytest.raises(SystemExit):
         convert("generic", "-i", download, "-d", 501, "--channels", "CT", "--labels", bad)

@@ -86,6 +86,10 @@ class TestSplits:
         ('[{"train": ["case_00"]}]', "fold 0 has no key 'val', only 'train'"),
         ('[{"train": "case_00", "val": []}]', "fold 0: 'train' is no list of cases"),
         ('[{"train": [], "val": [], "unlabeled": {"case_00": 1}}]', "fold 0: 'unlabeled' is no list of cases"),
+        (
+            '[{"train": [], "val": [], "unlabelled": ["case_00"]}]',
+            "fold 0 has the key 'unlabelled', which hides nothing. Rename it to 'unlabeled'",
+        ),
         ('[{"train": ["case_00", "ca', "is cut off, or no valid JSON"),
     ],
 )

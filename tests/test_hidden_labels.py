@@ -4,11 +4,16 @@
   ``-pretrained_weights``: the trainer's constructor.
 * Its labeled batches, classes and validation cases: ``do_split``.
 * Its unlabeled batches: ``UnlabeledDataset`` (test_frame.py, with sentinels in the hidden labels).
+* Weights that learned from labels which are hidden now, after another ``split``: ``load_checkpoint`` (``--c``,
+  ``--val``), and the models that rounds find (test_rounds_steps.py).
 * ``pseudo_label rounds``, members, volumes and the next dataset: ``read_cases`` (test_rounds.py).
-* ``pseudo_label score -d``, volumes of the labeled cases: ``all_hidden_cases``.
+* ``pseudo_label score -d``, volumes of the labeled cases, by default and with ``--labeled`` on a folder of the dataset:
+  ``all_hidden_cases``.
 * ``nnunet_semiseg doctor`` reports each fold and reads no labels.
 * Fingerprint and plans, and trainers that are not of this package, cannot be guarded: docs/data.md says so.
 """
+
+import json
 
 import numpy as np
 import pytest
@@ -62,6 +67,37 @@ def test_a_split_that_changes_after_the_start_is_checked_again(make_trainer, spl
         trainer.on_train_start()
 
 
+@pytest.mark.parametrize(
+    "split, complaint",
+    [
+        (
+            {"train": ["lab_01", "lab_02"], "val": ["lab_05"], "unlabeled": ["lab_00"]},
+            "lab_00, whose label fold 0 .* now hides",
+        ),
+        ({"train": ["lab_01", "lab_02"], "val": ["lab_00"]}, "lab_00, on which fold 0 .* now validates"),
+        ({"train": ["lab_01", "lab_02"], "val": ["lab_05"]}, None),
+        # nnU-Net permits it.
+        ({"train": ["lab_00", "lab_01", "lab_02"], "val": ["lab_00"]}, None),
+    ],
+)
+def test_weights_that_know_a_label_which_is_hidden_now_are_not_loaded(
+    started, make_trainer, splits, tmp_path, split, complaint
+):
+    name, file = f"nnUNetTrainerMeanTeacher_consistency_weight=0{SHORT}", str(tmp_path / "checkpoint_latest.pth")
+    started(name).save_checkpoint(file)
+    splits([split])
+    again = make_trainer(name)
+    if complaint is None:
+        again.load_checkpoint(file)
+        again.on_train_start()
+        again.save_checkpoint(file)
+        # What it has seen before counts as well.
+        splits([{"train": ["lab_01"], "val": ["lab_05"], "unlabeled": ["lab_00"]}])
+        again, complaint = make_trainer(name), "lab_00, whose label fold 0 .* now hides"
+    with pytest.raises(ValueError, match=f"checkpoint_latest.pth was trained on {complaint}.*without --c"):
+        again.load_checkpoint(file)
+
+
 def test_rounds_refuse_a_missing_fold(prepared, tmp_path, capsys):
     prepared("labels")
     command = ["rounds", "-d", "801", "-c", "2d", "-p", "nnUNetPlans_cpu", "-o", str(tmp_path / "out")]
@@ -70,29 +106,70 @@ def test_rounds_refuse_a_missing_fold(prepared, tmp_path, capsys):
     assert "splits_final.json has 1 fold, there is no fold 3" in capsys.readouterr().err
 
 
-def test_score_compares_with_the_volumes_of_visible_labels_only(prepared, work, tmp_path):
-    """The label maps of lab_03 and lab_04 are hidden; here they cannot even be read."""
-    raw = work / "raw" / prepared("labels") / "labelsTr"
-    hidden = {file: file.read_bytes() for file in (raw / "lab_03.nii.gz", raw / "lab_04.nii.gz")}
+@pytest.fixture
+def score(prepared, tmp_path):
+    """``score(*flags)``: the exit code of ``pseudo_label score -d 801``; its output is ``tmp_path / "scores"``."""
+    prepared("labels")
     for member in "ab":
         labels = make_case(50)[1]
         labels[0, 0, 0] = ord(member) % 2
         write_image(labels, tmp_path / member / "case.nii.gz")
+
+    def run(*flags):
+        command = ["score", "-i", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "scores"), "-d", "801"]
+        return pseudo_label_cli.main([*command, "-np", "1", *map(str, flags)])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "folder", [None, "raw/Dataset801_labels/labelsTr", "preprocessed/Dataset801_labels/gt_segmentations"]
+)
+def test_score_compares_with_the_volumes_of_visible_labels_only(score, work, tmp_path, folder):
+    """The label maps of lab_03 and lab_04 are hidden; here they cannot even be read."""
+    labels = work / (folder or "raw/Dataset801_labels/labelsTr")
+    hidden = {file: file.read_bytes() for file in (labels / "lab_03.nii.gz", labels / "lab_04.nii.gz")}
     out = tmp_path / "scores"
     try:
         for file in hidden:
             file.write_bytes(b"")
-        command = ["score", "-i", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(out), "-d", "801", "-np", "1"]
-        assert pseudo_label_cli.main(command) == 0
+        assert score(*(["--labeled", labels] if folder else [])) == 0
     finally:
         for file, content in hidden.items():
             file.write_bytes(content)
-    visible = [raw / f"lab_{i:02d}.nii.gz" for i in (0, 1, 2, 5)]
+    visible = [labels / f"lab_{i:02d}.nii.gz" for i in (0, 1, 2, 5)]
     volumes = [(sitk.GetArrayFromImage(sitk.ReadImage(str(file))) == 1).sum() for file in visible]
     agreed = (sitk.GetArrayFromImage(sitk.ReadImage(str(out / "consensus" / "case.nii.gz"))) == 1).sum()
     row = (out / "scores.csv").read_text().splitlines()[1].split(",")
     assert row[1] == "ball"
     assert float(row[8]) == pytest.approx((agreed - np.mean(volumes)) / np.std(volumes, ddof=1), abs=1e-4)
+
+
+def test_score_where_all_labels_are_hidden_by_some_fold(score, splits, tmp_path, capsys):
+    """As ``split`` makes five folds: nothing would be compared, and no class would have to be present."""
+    splits(
+        [
+            {"train": ["lab_00", "lab_01"], "val": ["lab_05"], "unlabeled": ["lab_02", "lab_03", "lab_04"]},
+            {"train": ["lab_01", "lab_02"], "val": ["lab_04"], "unlabeled": ["lab_00", "lab_03", "lab_05"]},
+        ]
+    )
+    assert score() == 1
+    error = capsys.readouterr().err
+    assert "splits_final.json hide 5 of 6 labeled cases" in error and "--fold" in error and error.count("\n") == 1
+    assert not (tmp_path / "scores").exists()
+    assert score("--fold", 0) == 0
+    volumes = json.loads((tmp_path / "scores" / "labeled_volumes.json").read_text())
+    assert list(volumes) == ["lab_00", "lab_01", "lab_05"]
+    assert score("--fold", 0, 2, "--overwrite") == 1
+    assert "splits_final.json has 2 folds, there is no fold 2" in capsys.readouterr().err
+
+
+def test_a_fold_says_nothing_without_a_dataset(tmp_path, capsys):
+    for member in "ab":
+        write_image(make_case(ord(member))[1], tmp_path / member / "case.nii.gz")
+    command = ["score", "-i", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "scores"), "--fold", "0"]
+    assert pseudo_label_cli.main(command) == 1
+    assert "--fold needs -d" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -438,6 +438,20 @@ def test_models_that_were_validated_on_other_cases_are_refused(make):
         make(FakeExecutor()).run()
 
 
+def test_models_that_were_trained_on_labels_which_are_hidden_now_are_refused(make):
+    folder = write_training("Dataset801_labels", MEMBERS[0], 0.4)
+    content = checkpoints.read(folder / "checkpoint_final.pth")
+    content[checkpoints.STATE_KEY] = {"trained_on": [*REAL, "lab_03"]}
+    checkpoints.write(content, folder / "checkpoint_final.pth")
+    executor = FakeExecutor()
+    with pytest.raises(ValueError, match="checkpoint_final.pth was trained on lab_03, whose label fold 0 .* now hides"):
+        make(executor).run()
+    assert executor.ran == []
+    content[checkpoints.STATE_KEY] = {"trained_on": REAL}
+    checkpoints.write(content, folder / "checkpoint_final.pth")
+    make(executor, rounds=1).run()
+
+
 def test_changed_cases_are_refused(make):
     executor = FakeExecutor()
     executor.failing = "predict"

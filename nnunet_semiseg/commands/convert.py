@@ -157,8 +157,11 @@ def _new_name(name_or_id: str, source: str) -> str:
 
 def _checked(cases: list[Case]) -> list[Case]:
     seen: dict[str, Case] = {}
+    # The number of case_0000 beside case_0001 is theirs; that of scan_0000 alone is a channel's.
+    bases = Counter(re.sub(r"_\d{4}$", "", case.name) for case in cases)
     for case in cases:
-        if not case.name or "/" in case.name or case.name.startswith(".") or case.name.endswith("_0000"):
+        is_channel = case.name.endswith("_0000") and bases[case.name[:-5]] == 1
+        if not case.name or "/" in case.name or case.name.startswith(".") or is_channel:
             raise ValueError(f"{case.images[0]}: a case cannot be called {case.name!r}. Names do not end in _0000")
         if case.name in seen:
             raise ValueError(f"{seen[case.name].images[0]} and {case.images[0]} are both case {case.name}")

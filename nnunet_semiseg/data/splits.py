@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,12 @@ def read_splits(file: Path) -> list[dict]:
             cases = split.get(key, [])
             if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
                 raise ValueError(f"{file}, fold {fold}: '{key}' is no list of cases. {_CURE}")
+        # nnU-Net permits other keys, but this one would show what it is meant to hide.
+        for key in set(split) - {"unlabeled"}:
+            if get_close_matches(key.lower(), ["unlabeled"], cutoff=0.9):
+                raise ValueError(
+                    f"{file}, fold {fold} has the key '{key}', which hides nothing. Rename it to 'unlabeled'"
+                )
     return splits
 
 
@@ -126,11 +134,55 @@ def check_fold(splits_file: Path, fold: int | str) -> None:
     )
 
 
-def all_hidden_cases(splits_file: Path) -> set[str]:
-    """The cases whose labels any fold hides; none if the file is missing. Raises as ``read_splits``."""
+def choose_folds(splits_file: Path, splits: list[dict], folds: Iterable[int]) -> dict[int, dict]:
+    """{fold: what ``splits`` has for it}. Raises ValueError, naming the file, if it lacks one."""
+    for fold in folds:
+        if not 0 <= fold < len(splits):
+            number = f"{len(splits)} fold{'s' if len(splits) > 1 else ''}"
+            raise ValueError(f"{splits_file} has {number}, there is no fold {fold}. They count from 0")
+    return {fold: splits[fold] for fold in folds}
+
+
+def all_hidden_cases(splits_file: Path, folds: list[int] | None = None) -> set[str]:
+    """The cases whose labels one of ``folds`` hides; of all folds without it. None if the file is missing.
+
+    Raises:
+        OSError, ValueError: naming the file, if it lacks a fold; also as ``read_splits``.
+    """
     if not splits_file.is_file():
         return set()
-    return {case for split in read_splits(splits_file) for case in split.get("unlabeled", [])}
+    splits = read_splits(splits_file)
+    if folds is not None:
+        splits = choose_folds(splits_file, splits, folds).values()
+    return {case for split in splits for case in split.get("unlabeled", [])}
+
+
+def check_trained_on(splits_file: Path, fold: int | str, cases: Iterable[str], checkpoint: Path, cure: str) -> None:
+    """Refuse weights that have learned from labels which a fold now keeps from training.
+
+    Args:
+        splits_file: ``splits_final.json``; it may be missing.
+        fold: nnU-Net's fold.
+        cases: On whose labels the weights were trained.
+        checkpoint: The file of the weights.
+        cure: What to do.
+
+    Raises:
+        ValueError: naming checkpoint and case; also as ``read_splits``.
+    """
+    if fold == "all" or not splits_file.is_file():
+        return
+    splits = read_splits(splits_file)
+    if fold >= len(splits):
+        return
+    known = sorted(set(cases) - set(splits[fold]["train"]))
+    for key, what in (
+        ("unlabeled", "whose label fold {} of {} now hides"),
+        ("val", "on which fold {} of {} now validates"),
+    ):
+        found = [case for case in known if case in splits[fold].get(key, [])]
+        if found:
+            raise ValueError(f"{checkpoint} was trained on {found[0]}, {what.format(fold, splits_file)}. {cure}")
 
 
 def hidden_cases(splits_file: Path, fold: int | str, known: list[str]) -> list[str]:

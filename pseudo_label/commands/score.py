@@ -40,6 +40,13 @@ def add_arguments(parser):
         "no fold hides)",
     )
     parser.add_argument(
+        "--fold",
+        nargs="+",
+        type=int,
+        metavar="F",
+        help="with -d: the members' folds, which decide what is hidden (default: all of splits_final.json)",
+    )
+    parser.add_argument(
         "--consensus",
         choices=CONSENSUS,
         help="mean of the probabilities, majority vote, or STAPLE (default: mean if all members have probabilities, "
@@ -58,9 +65,11 @@ def add_arguments(parser):
 
 
 def run(args) -> None:
-    classes, labeled, hidden, reader = _classes(args)
+    if args.fold is not None and not args.d:
+        raise ValueError("--fold needs -d, whose splits_final.json says what a fold hides")
     if args.labeled is not None and not args.labeled.is_dir():
         raise FileNotFoundError(f"--labeled {args.labeled} is not a folder")
+    classes, labeled, hidden, reader = _classes(args)
     scores = score_members(
         args.i,
         args.o,
@@ -69,10 +78,10 @@ def run(args) -> None:
         args.per_slice,
         args.metric,
         args.both_empty,
-        args.labeled or labeled,
+        labeled,
         args.np,
         args.overwrite,
-        hidden=frozenset() if args.labeled else hidden,
+        hidden=hidden,
         reader=reader,
     )
     empty = [case for case, score in scores.items() if score.score is None]
@@ -92,8 +101,11 @@ def _classes(args) -> tuple[Classes, Path | None, set[str], type | None]:
     """The classes, the folder of the labeled cases' label maps and those of them that are hidden, nnU-Net's reader.
 
     What nothing tells is None.
+
+    Raises:
+        ValueError, OSError: naming the file; also if so many labels are hidden that none is left to compare with.
     """
-    labeled, hidden, reader = None, set(), None
+    labeled, hidden, reader = args.labeled, set(), None
     if args.d:
         dataset = Dataset(dataset_name(args.d))
         reader = dataset.reader
@@ -101,8 +113,11 @@ def _classes(args) -> tuple[Classes, Path | None, set[str], type | None]:
         classes.check_order(dataset.json_file)
         # nnU-Net keeps a copy beside the preprocessed data.
         folders = (dataset.raw / "labelsTr", dataset.preprocessed / "gt_segmentations")
-        labeled = next((folder for folder in folders if folder.is_dir()), None)
-        hidden = all_hidden_cases(dataset.preprocessed / "splits_final.json")
+        if labeled is None:
+            labeled = next((folder for folder in folders if folder.is_dir()), None)
+        # Another folder has what its owner put there, such as the training cases of one fold.
+        if labeled is not None and labeled.resolve() in [folder.resolve() for folder in folders]:
+            hidden = _hidden(dataset, args.fold)
     elif args.dataset_json or (args.i[0] / "dataset.json").is_file():
         file = args.dataset_json or args.i[0] / "dataset.json"
         classes = Classes.from_file(file)
@@ -110,7 +125,7 @@ def _classes(args) -> tuple[Classes, Path | None, set[str], type | None]:
         reader = dataset_reader(read_json(file))
     reader = reader or find_reader(*args.i)
     if not (args.d or args.dataset_json or (args.i[0] / "dataset.json").is_file()):
-        return find_labels(args.i, args.np, reader), None, hidden, reader
+        return find_labels(args.i, args.np, reader), labeled, hidden, reader
     for member in args.i:
         file = member / "dataset.json"
         if file.is_file():
@@ -122,3 +137,19 @@ def _classes(args) -> tuple[Classes, Path | None, set[str], type | None]:
                     f"{', '.join(classes.names)}. Members must have the same labels, and -d or --dataset-json, too"
                 )
     return classes, labeled, hidden, reader
+
+
+def _hidden(dataset: Dataset, folds: list[int] | None) -> set[str]:
+    """The labeled cases that one of the folds hides; of all folds, if None is given.
+
+    Raises:
+        ValueError: if there is no such fold; or if none is given and too few cases are visible in all of them.
+    """
+    splits_file = dataset.preprocessed / "splits_final.json"
+    hidden, labeled = all_hidden_cases(splits_file, folds), set(dataset.labeled_cases())
+    if hidden and folds is None and len(labeled - hidden) < 2:
+        raise ValueError(
+            f"The folds of {splits_file} hide {len(labeled & hidden)} of {len(labeled)} labeled cases, so there are no "
+            "volumes to compare with. Name the members' folds with --fold, or a folder of label maps with --labeled"
+        )
+    return hidden

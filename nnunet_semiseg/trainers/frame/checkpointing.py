@@ -12,6 +12,7 @@ import torch.distributed as dist
 import nnunet_semiseg
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.randomness import global_state
+from nnunet_semiseg.data.splits import check_trained_on
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.trainers.frame.distributed import gathered
 
@@ -38,6 +39,7 @@ class Checkpointing:
             "companions": self.companions.state_dict(),
             "random": random_states,
             "non_finite_steps": self._non_finite_total,
+            "trained_on": sorted(self.trained_on),
             "method": self.method_state(),
             "foreground_locations": self._foreground_state(),
         }
@@ -57,6 +59,7 @@ class Checkpointing:
 
         Raises:
             CheckpointError: if no checkpoint can be read, or it is of another trainer.
+            ValueError: if it was trained on labels that the fold now hides.
         """
         if not self.was_initialized:
             self.initialize()
@@ -67,6 +70,9 @@ class Checkpointing:
                 f"{file} was not written by a trainer of nnunet_semiseg, so there is nothing to continue. To start "
                 f"from its weights use nnUNetv2_train ... -pretrained_weights {file}"
             )
+        self.trained_on = set(state.get("trained_on", ()))
+        cure = "Train anew, without --c, or restore the splits that it was trained with"
+        check_trained_on(self._splits_file, self.fold, self.trained_on, file, cure)
         super().load_checkpoint(str(file))
         self._is_resumed = True
         if "student" in state:

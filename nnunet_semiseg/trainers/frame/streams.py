@@ -24,10 +24,14 @@ class Streams:
         plans = self.plans_manager
         return f"nnunet_semiseg preprocess -d {plans.dataset_name} -c {self.configuration_name} -p {plans.plans_name}"
 
+    @property
+    def _splits_file(self) -> Path:
+        return Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+
     def _hidden_cases(self) -> list[str]:
         """Labeled cases whose labels this fold hides, after a check of the fold."""
         known = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
-        return hidden_cases(Path(self.preprocessed_dataset_folder_base) / "splits_final.json", self.fold, known)
+        return hidden_cases(self._splits_file, self.fold, known)
 
     def do_split(self):
         """nnU-Net's, after a check of the fold: labels are read through here, and not otherwise."""
@@ -72,6 +76,7 @@ class Streams:
         dataset, _ = self.get_tr_and_val_datasets()
         if not dataset.identifiers:
             raise ValueError(f"Fold {self.fold} has no labeled training cases. Write it with nnunet_semiseg split")
+        self.trained_on.update(map(str, dataset.identifiers))
         absent = dict(zip(self.class_names, map(as_key, self.labels.foreground_names)))
         for case in dataset.identifiers:
             locations = dataset.load_case(case)[3]["class_locations"]

@@ -59,6 +59,8 @@ class SemiSupervisedTrainer(
         self.random_stream: RandomStream | None = None
         self.foreground_locations: dict = {}
         self.absent_classes: set[str] = set()
+        # Also before a restart.
+        self.trained_on: set[str] = set()
         self._resumed_random_state = None
         self._is_resumed = False
         self._non_finite_in_a_row = self._non_finite_total = 0

@@ -12,7 +12,7 @@ from test_frame import run_until
 from test_methods import predict
 
 from nnunet_semiseg import checkpoints, cli
-from nnunet_semiseg.trainers.registry import TRAINERS
+from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
 from pseudo_label.rounds import _learns_from_unlabeled
 
 METHOD = """
@@ -55,6 +55,7 @@ def test_stock_trainers_take_a_schedule_and_a_seed(make_trainer):
 
 def test_nnunets_own_names_win():
     assert find("nnUNetTrainer_20epochs").__module__.startswith("nnunetv2.")
+    assert find_trainer("nnUNetTrainer_20epochs") is None and find_trainer("nnUNetTrainer_21epochs") is not None
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainer_alpha=5", "nnUNetTrainerNobodyWrote_3epochs"])

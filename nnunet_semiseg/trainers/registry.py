@@ -5,8 +5,11 @@ from __future__ import annotations
 import copyreg
 import importlib
 import inspect
+import os
 import pkgutil
 
+import nnunetv2
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_semiseg.trainers import methods
@@ -63,19 +66,25 @@ def find_trainer(name: str) -> type | None:
 def _base_of(name: str) -> tuple[type | None, str]:
     """The class whose variant a name is, and the settings in the name.
 
-    A trainer that is not of this package is looked up as nnU-Net does, but only for a name with settings: without any,
-    nnU-Net finds it by itself.
+    A trainer that is not of this package is looked up as nnU-Net does, but only for a name with settings that nnU-Net
+    itself has not (it has a nnUNetTrainer_20epochs).
     """
     known = max((base for base in TRAINERS if name == base or name.startswith(base + "_")), key=len, default="")
     if known:
         return TRAINERS[known], name[len(known) :]
     setting = SETTING.search(name)
-    if setting is None:
+    if setting is None or _is_nnunets(name):
         return None, ""
     try:
         return recursive_find_trainer_class_by_name(name[: setting.start()]), name[setting.start() :]
     except RuntimeError:
         return None, ""
+
+
+def _is_nnunets(name: str) -> bool:
+    folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")
+    package = "nnunetv2.training.nnUNetTrainer"
+    return recursive_find_python_class(folder, name, package, nnunetv2.__path__[0]) is not None
 
 
 def _variant(name: str, base: type, suffix: str) -> type:

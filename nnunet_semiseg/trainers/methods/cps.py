@@ -103,18 +103,20 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
         yield self.supervised_loss(data, target)
         yield self.supervised_loss(data, target, network=1)
         if self.uses_unlabeled():
-            yield from self.cross_losses(self.next_unlabeled(), *self.labeled_voxels(data, target))
+            yield from self.cross_losses(self.next_unlabeled(), self.labeled_voxels(data, target))
 
-    def cross_losses(self, unlabeled, data, labels, valid):
-        """The two cross terms, a backward pass each."""
+    def cross_losses(self, unlabeled, labeled=None):
+        """The two cross terms, a backward pass each. ``labeled``: what ``mixing`` may take from labeled patches."""
         networks = self.trained_networks
         if self.options.student_view == "strong":
             with torch.no_grad():
                 hard = [self.labels.hard(self.logits(network, unlabeled.weak)) for network in networks]
             self.monitor("disagreement", self.labels.differ(*hard).float().mean())
             everywhere = torch.ones_like(hard[0][:, :1], dtype=torch.bool)
-            own, labeled = (unlabeled.strong, *hard, everywhere), (data, labels, labels, valid)
-            image, *hard, weight = self.perturbed(own, labeled)
+            if labeled is not None:
+                data, labels, valid = labeled
+                labeled = data, labels, labels, valid
+            image, *hard, weight = self.perturbed((unlabeled.strong, *hard, everywhere), labeled)
             # Lazily, so that one graph is in memory at a time.
             learned = (self.logits(network, image) for network in networks)
         else:

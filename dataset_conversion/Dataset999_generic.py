@@ -7,14 +7,17 @@ import re
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-from dataset_conversion.common import Case, Download, Source, by_name, has_series, junk
+from dataset_conversion.common import Case, Download, Source, has_series, junk
 from nnunet_semiseg.files import read_table
-from nnunet_semiseg.segmentations import FILE_ENDINGS, find_files, patients_of
+from nnunet_semiseg.segmentations import FILE_ENDINGS, find_files, holds, patients_of
 
 # Of further formats that SimpleITK reads; of pairs of files, the one with the header.
 ENDINGS = (".gipl.gz", ".hdr.gz", ".gipl", ".hdr", ".jpeg", ".jpg", ".mnc", ".nhdr", ".vtk")
+# From the first wildcard to the last.
+_WILDCARDS = re.compile(r"([*?]|\[.+\])(.*([*?]|\[.+\]))?")
 
 
 def _label(text: str) -> tuple[str, tuple[int, ...]]:
@@ -71,17 +74,22 @@ def cases(download: Download, args: Namespace) -> list[Case]:
 
 
 def _is_pattern(text: str) -> bool:
-    return any(character in text for character in "*?[")
+    return bool(_WILDCARDS.search(text))
 
 
 def _of_patterns(download: Download, args: Namespace) -> list[Case]:
-    """A folder for each case: what the first ``*`` stands for is its name."""
+    """A folder for each case, or any pattern of files: what its wildcards stand for is the case's name."""
     patterns = (*args.images, args.segmentations)
     if len(args.images) != len(args.channels) or not all(map(_is_pattern, patterns)):
         raise ValueError(
             f"{' '.join(patterns)}: give --images a pattern such as '*/imaging.nii.gz' for each of the "
             f"{len(args.channels)} --channels, and --segmentations one as well. Put them in quotation marks"
         )
+    if any("**" in pattern for pattern in patterns):
+        raise ValueError(f"{' '.join(patterns)}: ** leaves open how deep the files are. Write * for each folder: */*/")
+    for pattern in patterns:
+        if not _is_pattern(str(Path(pattern).parent)) and _is_pattern(pattern[-1]):
+            raise ValueError(f"{pattern} has to end in the ending of the files, such as .nii.gz")
     *channels, labels = (_matching(download, pattern) for pattern in patterns)
     for case in labels:
         if case not in channels[0]:
@@ -94,18 +102,40 @@ def _of_patterns(download: Download, args: Namespace) -> list[Case]:
 
 
 def _matching(download: Download, pattern: str) -> dict[str, Path]:
-    """{case: file} of a pattern relative to the download, or to the folder around everything in it."""
-    depth = next(i for i, part in enumerate(Path(pattern).parts) if _is_pattern(part))
-    inner = [folder for root in download.roots for folder in sorted(root.iterdir()) if folder.is_dir()]
-    for root in [*download.roots, *inner]:
-        files = {
-            file: file.relative_to(root)
-            for file in sorted(root.glob(pattern))
-            if not any(map(junk, (file, *file.relative_to(root).parents)))
-        }
-        if files:
-            return by_name(files, lambda file, files=files: files[file].parts[depth])
-    raise FileNotFoundError(f"{download} has nothing that is called {pattern}")
+    """{case: file} of a pattern relative to the download, or else to the folders in it."""
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if _is_pattern(part))
+    fixed, rest = parts[:first], parts[first:]
+    names: dict[str, Path] = {}
+    for root in download.roots:
+        inner = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not junk(folder)]
+        below = chain.from_iterable(_found(folder, fixed, rest) for folder in inner)
+        for file, found in _found(root, fixed, rest) or below:
+            name = _name(found, rest)
+            if names.setdefault(name, file) != file:
+                raise ValueError(
+                    f"{names[name]} and {file} are both case {name}. Give a pattern that fits one of them, or a table "
+                    "(--csv)"
+                )
+    if not names:
+        there = [file.relative_to(root) for root in download.roots for file in root.rglob("*") if not file.is_dir()]
+        raise FileNotFoundError(f"{download} has nothing that is called {pattern}. {holds(there)}")
+    return names
+
+
+def _found(folder: Path, fixed: tuple[str, ...], rest: tuple[str, ...]) -> list[tuple[Path, tuple[str, ...]]]:
+    """(file, its last parts) of what is not hidden and is called as the pattern's parts ``rest`` below ``fixed``."""
+    # If these begin with the root of the file system, the folder does not count.
+    base = folder.joinpath(*fixed)
+    found = [(file, file.relative_to(base)) for file in sorted(base.glob("/".join(rest)))]
+    return [(file, path.parts) for file, path in found if not any(map(junk, (path, *path.parents)))]
+
+
+def _name(found: tuple[str, ...], pattern: tuple[str, ...]) -> str:
+    """The folders that have wildcards; without any, what the wildcards in the file's name stand for."""
+    folders = [name for name, part in zip(found[:-1], pattern) if _is_pattern(part)]
+    begin, end = _WILDCARDS.search(pattern[-1]).span() if not folders else (0, 0)
+    return "_".join(folders) or found[-1][begin : len(found[-1]) - len(pattern[-1]) + end]
 
 
 def _of_folders(download: Download, args: Namespace) -> list[Case]:

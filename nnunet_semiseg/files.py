@@ -87,7 +87,8 @@ def read_table(file: Path, columns: Iterable[str] = (), cure: str = "Restore it,
     text = read_text(file, "utf-8-sig")
     header = text.partition("\n")[0]
     # Spreadsheets write semicolons where a comma is the decimal point.
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+    separator = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     try:
         rows = list(reader)
     except csv.Error as error:

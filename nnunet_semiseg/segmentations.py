@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,13 +175,19 @@ def find_files(folder: Path, ending: str | None = None, more: tuple[str, ...] = 
             found.setdefault(own, {})[file.name[: -len(own)]] = file
     if not found:
         looked_for = ending or f"{', '.join(FILE_ENDINGS[:3])} or another ending of an image"
-        there = sorted(path.name for path in folder.iterdir())
-        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        what = f"It holds {there[0]}{others}" if there else "It is empty"
-        raise FileNotFoundError(f"{folder} has no files that end in {looked_for}. {what}")
+        there = [path.relative_to(folder) for path in folder.iterdir()]
+        raise FileNotFoundError(f"{folder} has no files that end in {looked_for}. {holds(there)}")
     if len(found) > 1:
         raise ValueError(f"{folder} has files that end in {' and in '.join(found)}. Keep those of one kind there")
     return next(iter(found.values()))
+
+
+def holds(paths: Sequence[Path]) -> str:
+    """A sentence about what is in a folder; hidden files come last."""
+    if not paths:
+        return "It is empty"
+    first = min(paths, key=lambda path: (path.name.startswith("."), path))
+    return f"It holds {first}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}"
 
 
 def patients_of(cases: Iterable[str], pattern: str) -> list[str]:

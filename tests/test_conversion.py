@@ -312,8 +312,14 @@ def test_a_folder_for_each_case(raw, tmp_path, capsys, around):
         (["--images", "*/a.nii.gz", "*/b.nii.gz", "--segmentations", "*/s.nii.gz"], "for each of the 1 --channels"),
         (
             ["--images", "*/scan.nii.gz", "--segmentations", "*/segmentation.nii.gz"],
-            "has nothing that is called */scan",
+            "has nothing that is called */scan.nii.gz. It holds p_1/imaging.nii.gz and 1 more\n",
         ),
+        (
+            ["--images", "*/*.nii.gz", "--segmentations", "*/segmentation.nii.gz"],
+            "are both case p_1. Give a pattern that fits one of them, or a table (--csv)",
+        ),
+        (["--images", "**/imaging.nii.gz", "--segmentations", "**/segmentation.nii.gz"], "Write * for each folder"),
+        (["--images", "p_1/imaging*", "--segmentations", "*/s*"], "has to end in the ending of the files"),
         (["--images", "images", "more"], "are several folders. Give one"),
     ],
 )
@@ -325,7 +331,62 @@ def test_patterns_that_cannot_be_used(raw, tmp_path, capsys, patterns, complaint
 
 
 @pytest.mark.parametrize(
-    "content, says", [((), "It is empty"), (("notes.txt", "z.txt"), "It holds notes.txt and 1 more")]
+    "files, images, segmentations, cases, labeled",
+    [
+        # Wildcards in several folders.
+        ("A/p_1/i.nii.gz A/p_1/seg.nii.gz B/p_1/i.nii.gz", "*/*/i.nii.gz", "*/*/seg.nii.gz", "A_p_1 B_p_1", "A_p_1"),
+        ("A/img/1/i.nii.gz A/lab/1/seg.nii.gz", "*/img/*/i.nii.gz", "*/lab/*/seg.nii.gz", "A_1", "A_1"),
+        # In the name of the file only.
+        (
+            "images/a_mr.nii.gz images/b_mr.nii.gz labels/a_seg.nii.gz",
+            "images/*_mr.nii.gz",
+            "labels/*_seg.nii.gz",
+            "a b",
+            "a",
+        ),
+        ("i/img_07.nii.gz l/seg_07.nii.gz", "i/img_0[0-9].nii.gz", "l/seg_0[0-9].nii.gz", "7", "7"),
+        ("p_1/p_1_mr.nii.gz p_1/p_1_seg.nii.gz", "*/*_mr.nii.gz", "*/*_seg.nii.gz", "p_1", "p_1"),
+        # All folders in the download count, without hidden ones.
+        (
+            "part1/p_1/i.nii.gz part1/p_1/seg.nii.gz part2/p_2/i.nii.gz part2/p_2/seg.nii.gz .trash/p_3/i.nii.gz",
+            "*/i.nii.gz",
+            "*/seg.nii.gz",
+            "p_1 p_2",
+            "p_1 p_2",
+        ),
+        # Where it lies does not matter to an absolute one.
+        (".d/p_1/i.nii.gz .d/p_1/seg.nii.gz", "{}/.d/*/i.nii.gz", "{}/.d/*/seg.nii.gz", "p_1", "p_1"),
+    ],
+)
+def test_the_case_is_what_the_wildcards_stand_for(tmp_path, files, images, segmentations, cases, labeled):
+    folder = tmp_path / "download"
+    volumes(folder, *files.split())
+    arguments = Namespace(csv=None, patient=None, labels=[("ball", (1,))], channels=["MRI"])
+    arguments.images, arguments.segmentations = [images.format(folder)], segmentations.format(folder)
+    found = Dataset999_generic.cases(Download(folder, tmp_path / "unpacked"), arguments)
+    assert [case.name for case in found] == cases.split()
+    assert [case.name for case in found if case.label] == labeled.split()
+
+
+def test_a_pattern_reaches_folders_and_all_archives(raw, tmp_path):
+    volumes(tmp_path / "packed", "p_1/i.nii.gz", "p_1/seg.nii.gz", "p_2/i.nii.gz", "p_2/seg.nii.gz")
+    volumes(tmp_path / "download", "p_3/i.nii.gz")
+    for case in ("p_1", "p_2"):
+        with zipfile.ZipFile(tmp_path / "download" / f"part_{case}.zip", "w") as archive:
+            for file in ("i.nii.gz", "seg.nii.gz"):
+                archive.write(tmp_path / "packed" / case / file, f"{case}/{file}")
+    assert generic(tmp_path / "download", "--images", "*/i.nii.gz", "--segmentations", "*/seg.nii.gz") == 0
+    dataset = raw / "Dataset501_generic"
+    assert names(dataset / "labelsTr") == ["p_1", "p_2"] and names(dataset / "imagesUn") == ["p_3_0000"]
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ((), "It is empty"),
+        (("notes.txt", "z.txt"), "It holds notes.txt and 1 more"),
+        ((".a", "z.txt"), "It holds z.txt and 1 more"),
+    ],
 )
 def test_a_folder_without_images_says_what_it_holds(raw, tmp_path, capsys, content, says):
     for folder in ("images", "labels"):

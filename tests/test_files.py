@@ -45,3 +45,6 @@ def test_table_of_a_spreadsheet(tmp_path):
 def test_columns_are_separated_by_commas_semicolons_or_tabs(tmp_path, separator):
     (tmp_path / "a.csv").write_text(separator.join(("case", "score")) + "\n" + separator.join(("a", "0.5")) + "\n")
     assert read_table(tmp_path / "a.csv", ("case", "score")) == [{"case": "a", "score": "0.5"}]
+    # As people type them.
+    (tmp_path / "a.csv").write_text(f"case{separator} score\na{separator} 0.5\n")
+    assert read_table(tmp_path / "a.csv", ("case", "score")) == [{"case": "a", "score": "0.5"}]

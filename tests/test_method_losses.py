@@ -652,13 +652,17 @@ def test_largest_components_of_nested_regions_stay_nested_literally(shape):
     assert kept[:, names.index("core")].any()
 
 
-def test_a_core_in_a_piece_that_is_removed_is_removed():
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_core_in_a_piece_that_is_removed_is_removed(dimensions):
     labels = LabelAdapter(LabelManager({"background": 0, "whole": [1, 2], "core": 2}, [1, 2]))
-    hard = torch.zeros(1, 2, 12, 12, dtype=torch.bool)
-    hard[0, 0, :6, :6] = True
-    hard[0, 0, 9:, 9:] = hard[0, 1, 9:, 9:] = True
+    large, small = (slice(0, 6),) * dimensions, (slice(9, 12),) * dimensions
+    hard = torch.zeros(1, 2, *(12,) * dimensions, dtype=torch.bool)
+    hard[0, 0][large] = hard[0, 0][small] = hard[0, 1][small] = True
     kept = keep_largest_components(hard, labels)
-    assert kept[0, 0].sum() == 36 and not kept[0, 1].any()
+    assert kept[0, 0].sum() == 6**dimensions and not kept[0, 1].any()
+    # A smaller core in the piece that is kept counts.
+    hard[0, 1][(slice(0, 2),) * dimensions] = True
+    assert keep_largest_components(hard, labels)[0, 1].sum() == 2**dimensions
 
 
 def test_largest_component_of_nothing_is_nothing():

@@ -74,7 +74,7 @@ def read(case: Case, with_label: bool) -> Scan:
 
 
 def endocardium(contours: np.ndarray, shape: tuple[int, int, int], file: Path) -> np.ndarray:
-    """(Z, Y, X) mask of the pixels whose centers are inside of the first 32 points; slices without contour are empty.
+    """(Z, Y, X) mask of the pixels whose centers are inside the first 32 points; slices without contour are empty.
 
     Args:
         contours: Of the Z slices, each (65, 2) of x and y counted from 1, or one number.

@@ -90,7 +90,7 @@ class Download:
     Raises:
         FileNotFoundError: if there is no such folder or archive.
         ValueError: naming the archive, if it is damaged, encrypted or packed in an unknown way, or holds a file that
-            would land outside of the folder.
+            would land outside the folder.
     """
 
     def __init__(self, path: Path, unpacked: Path):
@@ -190,7 +190,7 @@ def _unpack(archive: Path, root: Path, target: Path) -> None:
     for name, opened in tqdm(_members(archive), desc=f"unpacking {archive.name}", unit="file", file=sys.stderr):
         file = (target / name).resolve()
         if not file.is_relative_to(target):
-            raise ValueError(f"{archive} holds {name}, which would land outside of the target folder. Do not trust it")
+            raise ValueError(f"{archive} holds {name}, which would land outside the target folder. Do not trust it")
         # Unpacked before, by a run that was stopped.
         if not file.exists():
             with whole(file) as temporary, opened() as stream, open(temporary, "wb") as output:

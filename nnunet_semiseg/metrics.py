@@ -3,11 +3,11 @@
 Surfaces are defined in two ways, because the metrics are:
 
 * Distances (``HD``, ``HD95``, ``ASSD``, ...) are between the centers of surface voxels: voxels of the mask with a face
-  neighbor outside of it, as MedPy and MONAI have them.
+  neighbor outside it, as MedPy and MONAI have them.
 * ``NSD`` is the share of the surfaces' area, as Nikolov et al. define it and DeepMind's surface-distance computes it: a
   triangulated element in each block of 2 x 2 x 2 voxels (a line in 2 x 2 pixels) that is partly in the mask.
 
-For both, what is outside of the image is outside of the mask, an axis with a single slice is no axis, and there is no
+For both, what is outside the image is outside the mask, an axis with a single slice is no axis, and there is no
 surface where the annotation ends, that is between a mask and ignored voxels. Spacings are in mm, in array axis order.
 """
 

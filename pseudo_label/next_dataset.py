@@ -247,7 +247,7 @@ class NextDataset:
         failures = preprocess_cases(*arguments, images, folder / data, self.processes, labels)
         failures += preprocess_cases(*arguments, self.remaining, store_folder(folder / data), self.processes)
         if failures:
-            raise CaseError("\n".join([*failures, f"{len(failures)} cases could not be preprocessed. Mend them"]))
+            raise CaseError("\n".join([*failures, f"{len(failures)} cases could not be preprocessed. Fix them"]))
 
     def _link(self, source: Path, target: Path, cases) -> None:
         """Link preprocessed cases that the round before has, the file that says that a case is complete last."""

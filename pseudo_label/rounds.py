@@ -616,7 +616,7 @@ class Rounds:
     def _run(self, jobs: Sequence[Job]) -> None:
         failures: list[Failure] = self.executor.run(jobs)
         if failures:
-            raise RuntimeError("\n".join([*map(str, failures), "The same command continues after the cause is mended"]))
+            raise RuntimeError("\n".join([*map(str, failures), "The same command continues after the cause is fixed"]))
 
     def describe(self) -> list[str]:
         """The command lines of all rounds, in their order, as if no round stopped them early."""

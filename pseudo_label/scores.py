@@ -283,7 +283,7 @@ def score_members(
     if failures:
         print("\n".join(failures), file=sys.stderr)
         raise CaseError(
-            f"{len(failures)} of {len(files)} cases could not be scored (above); the others are done. Mend them, or "
+            f"{len(failures)} of {len(files)} cases could not be scored (above); the others are done. Fix them, or "
             "remove them from all members, and run the command again"
         )
     scores = _read_cases(out)
@@ -332,7 +332,7 @@ def find_labels(members: Sequence[Path], processes: int, reader: type[BaseReader
     )
     if failures:
         print("\n".join(failures), file=sys.stderr)
-        raise CaseError(f"{len(failures)} of {len(files)} cases cannot be read (above). Mend or remove them")
+        raise CaseError(f"{len(failures)} of {len(files)} cases cannot be read (above). Fix or remove them")
     labels = [set().union(*of_member) for of_member in zip(*results.values())]
     for member, of_member in zip(members, labels):
         if of_member != labels[0]:
@@ -426,7 +426,7 @@ def _labeled_volumes(
         if failures:
             print("\n".join(failures), file=sys.stderr)
             raise CaseError(
-                f"{len(failures)} of {len(jobs)} labeled cases in {folder} cannot be read (above). Mend them"
+                f"{len(failures)} of {len(jobs)} labeled cases in {folder} cannot be read (above). Fix them"
             )
         _print_warnings(warning for _, warning in found.values() if warning)
         write_json(file, {case: volumes for case, (volumes, _) in found.items()})

@@ -717,7 +717,7 @@ def class_dice(predicted: np.ndarray, truth: np.ndarray, labels: LabelAdapter) -
 
     Args:
         predicted: (K, Z, Y, X) bool.
-        truth: (1, Z, Y, X) label map as nnU-Net preprocesses it (-1: outside of the image, background).
+        truth: (1, Z, Y, X) label map as nnU-Net preprocesses it (-1: outside the image, background).
         labels: Of the dataset.
 
     Returns:

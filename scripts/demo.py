@@ -21,7 +21,7 @@ LABELED, UNLABELED, HELD_OUT = 4, 20, 6
 def simulate(folder: str) -> None:
     """Write a dataset of subjects that are all one average brain, deformed, recolored, shaded and noisy.
 
-    The brain is the MNI152 T1 template that comes inside of the nilearn package; gray and white matter are its tissue
+    The brain is the MNI152 T1 template that comes inside the nilearn package; gray and white matter are its tissue
     maps. Nothing here was measured in a person.
     """
     import nibabel

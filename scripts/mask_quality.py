@@ -3,7 +3,7 @@
     python scripts/mask_quality.py MODEL_FOLDER/fold_0 IMAGES LABELS [--cases 20] [--checkpoint checkpoint_final.pth]
 
 For a trained nnUNetTrainerCoraNet (uncertainty=cost): the share of voxels in the certain region, the error rate of
-the main branch's labels inside and outside of it, and Dice per class of the labels, of both heads, and inside of the
+the main branch's labels inside and outside it, and Dice per class of the labels, of both heads, and inside the
 certain region. An image is run whole, as one patch.
 """
 

@@ -493,7 +493,7 @@ def copy_paste(trainer_of, monkeypatch):
 
 
 def is_labeled(step, direction, v):
-    """First what is outside of the cuboid comes from labeled patches, then what is inside."""
+    """First what is outside the cuboid comes from labeled patches, then what is inside."""
     return bool(step.inside[0, 0][v]) == bool(direction)
 
 

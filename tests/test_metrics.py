@@ -113,7 +113,7 @@ def test_check_names_a_prediction_without_ground_truth(tmp_path, monkeypatch):
 
 
 def slow_surface(mask, ignored):
-    """Indices of the mask's voxels that have a face neighbor outside of mask and ignored, or outside of the image."""
+    """Indices of the mask's voxels that have a face neighbor outside mask and ignored, or outside the image."""
     surface = []
     for index in map(tuple, np.argwhere(mask)):
         for axis in range(mask.ndim):

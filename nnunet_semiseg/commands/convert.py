@@ -89,7 +89,7 @@ def run(args) -> int:
     if failures:
         print("\n".join(failures), file=sys.stderr)
         print(
-            f"{len(failures)} of {len(cases)} cases could not be converted (above), so there is no {name} yet. Mend or "
+            f"{len(failures)} of {len(cases)} cases could not be converted (above), so there is no {name} yet. Fix or "
             "remove these and run the command again: finished cases are kept.",
             file=sys.stderr,
         )

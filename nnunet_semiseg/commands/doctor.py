@@ -105,7 +105,7 @@ def _check_folders(report: Report) -> None:
             report.problem(f"{name} is {value}, which is not a folder", f"mkdir -p {value}")
         elif not os.access(value, os.W_OK) and name != "nnUNet_raw":
             report.problem(
-                f"{name} is {value}, which you cannot write to", "choose another folder or mend its permissions"
+                f"{name} is {value}, which you cannot write to", "choose another folder or fix its permissions"
             )
         else:
             report.ok(f"{name} = {value}")

@@ -91,7 +91,7 @@ def run(args) -> int:
         print("\n".join(failures), file=sys.stderr)
         print(
             f"{len(failures)} of {len(files)} cases could not be evaluated (above), so evaluation.csv is not written. "
-            "Mend these and run the command again: the others are kept.",
+            "Fix these and run the command again: the others are kept.",
             file=sys.stderr,
         )
         return 1

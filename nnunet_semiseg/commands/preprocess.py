@@ -55,7 +55,7 @@ def run(args) -> int:
         print("\n".join(sorted(set(failures))), file=sys.stderr)
         print(
             f"{len(set(failures))} of {len(images)} cases could not be preprocessed (above); the others are done. "
-            "Mend or remove these and run the command again.",
+            "Fix or remove these and run the command again.",
             file=sys.stderr,
         )
         return 1

@@ -51,7 +51,7 @@ def set_global_state(state: dict) -> None:
 
 
 class RandomStream:
-    """Random numbers of its own: inside of ``with stream:`` the global CPU generators are this stream's.
+    """Random numbers of its own: inside ``with stream:`` the global CPU generators are this stream's.
 
     Patches, augmentation and noise of the unlabeled half come from such a stream. With a seed, the labeled half
     therefore sees the same patches and augmentations whatever method runs (but for methods with dropout), and without

@@ -70,7 +70,7 @@ def signed_distance(
     The boundary lies half a voxel before that nearest voxel, so phi is never 0 and sigmoid(-k phi) gives the mask back
     for a large k.
 
-    The border of the patch is no boundary. Where the nearest boundary lies inside of the patch, phi does not depend on
+    The border of the patch is no boundary. Where the nearest boundary lies inside the patch, phi does not depend on
     where the patch was cut; elsewhere |phi| is at least what it is in the whole image.
 
     A mask without a voxel has no boundary in the patch. It is +1 everywhere, and a mask that fills the patch is -1:
@@ -139,7 +139,7 @@ class SignedDistanceTransform(SegOnlyTransform):
     types, so a batch has it as ``target[-1]``, (B, K, *). It has to be taken off the list before nnU-Net's loss.
 
     The target is (1, *) of labels, of which 1 to K are classes, or (R [+ 1 ignore], *) of regions, of which the
-    first K = R are. What lies outside of the image counts as background, as it does in nnU-Net's own target. Where the
+    first K = R are. What lies outside the image counts as background, as it does in nnU-Net's own target. Where the
     nearest ignored voxel is as near as the boundary or nearer, the boundary may lie there: the distance is NaN, which
     ``distance_error`` leaves out.
 

@@ -59,7 +59,7 @@ def check_store(store: Path, plans: PlansManager, configuration: ConfigurationMa
     """The store's cases, after a check that they were made with these plans.
 
     Raises:
-        ValueError: naming the first case that was not; ``cure`` is the command that mends it.
+        ValueError: naming the first case that was not; ``cure`` is the command that fixes it.
     """
     identifiers = store_identifiers(store)
     expected = preprocessing_digest(plans, configuration)

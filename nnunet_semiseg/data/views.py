@@ -72,7 +72,7 @@ class TwoViewTransform(BasicTransform):
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict:
         """(C, *) image and the loader's (1, *) stand-in for a segmentation to (2 C, *) image and (1, *) of the same."""
         if self.masking.transforms:
-            # Where nnU-Net normalizes inside of the nonzero mask, the outside is exactly 0 and has to stay so. For
+            # Where nnU-Net normalizes inside the nonzero mask, the outside is exactly 0 and has to stay so. For
             # labeled cases the segmentation says where that is; here the image itself does.
             channels = self.masking.transforms[0].apply_to_channels
             segmentation = torch.where((image[channels] == 0).all(0, keepdim=True), -1, 0).to(segmentation.dtype)

@@ -8,7 +8,7 @@ from nnunet_semiseg.losses.consistency import masked_mean
 
 
 def mask_of_distance(distance: torch.Tensor, steepness: float) -> torch.Tensor:
-    """sigmoid(-k z), a smooth mask of a signed distance, negative inside (DTML, Eq. 2 with its sign mended).
+    """sigmoid(-k z), a smooth mask of a signed distance, negative inside (DTML, Eq. 2 with its sign corrected).
 
     Args:
         distance: z in [-1, 1], any shape; computed in float32, where k = 1500 does not overflow.

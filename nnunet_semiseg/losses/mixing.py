@@ -11,7 +11,7 @@ def beta_side(dimensions: int, alpha: float) -> float:
 
 
 def random_cuboid(shape, fraction: float) -> torch.Tensor:
-    """A mask that is True inside of a cuboid (2D: a rectangle) at a random place.
+    """A mask that is True inside a cuboid (2D: a rectangle) at a random place.
 
     Args:
         shape: Spatial shape, any dimension.

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The plain network inside of DistributedDataParallel and torch.compile."""
+    """The plain network inside DistributedDataParallel and torch.compile."""
     if isinstance(network, DistributedDataParallel):
         network = network.module
     return network._orig_mod if isinstance(network, OptimizedModule) else network

@@ -93,7 +93,7 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def _converted(field: dataclasses.Field, text: str) -> Any:
-    """``text`` as the field's type; raises OptionError outside of its range or choices."""
+    """``text`` as the field's type; raises OptionError outside its range or choices."""
     kind = type(field.default)
     try:
         value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
@@ -104,7 +104,7 @@ def _converted(field: dataclasses.Field, text: str) -> Any:
         raise OptionError(f"{field.name}={text} is not one of {', '.join(choices)}")
     # "not (a <= b)" also refuses nan.
     if (low is not None and not value >= low) or (high is not None and not value <= high):
-        raise OptionError(f"{field.name}={text} is outside of {low}..{'' if high is None else high}")
+        raise OptionError(f"{field.name}={text} is outside {low}..{'' if high is None else high}")
     if kind is float and value in (float("inf"), float("-inf")):
         raise OptionError(f"{field.name}={text} is not finite")
     return value

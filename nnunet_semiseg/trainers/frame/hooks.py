@@ -132,7 +132,7 @@ class MethodHooks:
             return {"supervised": Term(self.loss(self.student(data), target))}
 
     def unsupervised_loss(self, unlabeled: Unlabeled) -> dict[str, Term]:
-        """The method's terms on the unlabeled batch, computed in float32 outside of autocast."""
+        """The method's terms on the unlabeled batch, computed in float32 outside autocast."""
         raise NotImplementedError
 
     def next_unlabeled(self) -> Unlabeled:

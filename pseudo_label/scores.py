@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunet_semiseg.datasets import CaseError
+from nnunet_semiseg.datasets import CaseError, check_there
 from nnunet_semiseg.files import read_json, write_csv, write_json
 from nnunet_semiseg.parallel import DEFAULT_PROCESSES, over_cases
 from nnunet_semiseg.segmentations import (
@@ -356,6 +356,8 @@ def _find_probabilities(
     lacking = next((file for of_case in found.values() for file in of_case if not file.is_file()), None)
     if lacking is None:
         return found
+    if lacking.is_symlink():
+        check_there(lacking)
     if consensus == "mean":
         raise FileNotFoundError(
             f"{lacking} is missing. The mean needs probabilities: predict with --save_probabilities, or use "

@@ -133,7 +133,7 @@ def test_unknown_validation_case_is_named():
         ({"dataset": 999}, "There is no dataset 999"),
         ({"plans": "nnUNetPlans"}, "nnUNetPlans.json is missing"),
         ({"configuration": "3d_lowres"}, "has no configuration 3d_lowres. It has 2d"),
-        ({"configuration": "3d_fullres"}, "has no cases. Run: nnUNetv2_preprocess -d 811 "),
+        ({"configuration": "3d_fullres"}, "has no cases. Run: nnUNetv2_preprocess -d 811 -plans_name nnUNetPlans_cpu"),
         ({"budgets": [6]}, "Use a smaller number"),
     ],
 )

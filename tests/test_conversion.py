@@ -183,6 +183,22 @@ def test_table_names_cases_patients_labels_and_splits(raw, download, tmp_path):
         generic_cases(download, tmp_path / "cases.csv")
 
 
+def test_a_table_that_is_not_utf_8_is_named(raw, download, tmp_path, capsys):
+    (tmp_path / "cases.csv").write_text("case,image\nm\xfcller,images/a_1_0000.nii.gz\n", encoding="latin-1")
+    assert generic(download, "--csv", tmp_path / "cases.csv") == 1
+    assert f"{tmp_path / 'cases.csv'} is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_link_whose_target_is_gone_is_a_case_and_a_hidden_file_is_none(raw, download, capsys):
+    (download / "images" / "._a_1_0000.nii.gz").write_bytes(b"macOS")
+    (download / "labels" / "._a_1.nii.gz").write_bytes(b"macOS")
+    (download / "images" / "d_1_0000.nii.gz").symlink_to("/not/mounted")
+    assert generic(download) == 1
+    error = capsys.readouterr().err
+    assert "d_1_0000.nii.gz cannot be read: it links to /not/mounted, which is gone" in error
+    assert "1 of 7 cases could not be converted" in error
+
+
 def test_channels_of_a_table_go_by_their_numbers(download, tmp_path):
     # A column that only begins with image is none.
     (tmp_path / "cases.csv").write_text(

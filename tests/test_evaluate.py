@@ -248,11 +248,14 @@ def shifted(file):
         (lambda f: write_image(array(f)[1:], f, SPACING), "different geometry: sizes 24 x 26 x 16 and 24 x 26 x 15"),
         (lambda f: write_image(array(f), f, (1.0, 1.0, 3.0)), "different geometry: spacings"),
         (shifted, "different geometry: origins"),
+        (lambda f: (f.unlink(), f.symlink_to("/not/mounted")), "b.nii.gz cannot be read: it links to /not/mounted"),
     ],
 )
 def test_a_case_that_cannot_be_used_is_named_and_the_others_are_kept(folders, capsys, spoil, complaint):
     truth, prediction = folders
     good = (prediction / "b.nii.gz").read_bytes()
+    # macOS leaves such files, which are no cases.
+    (prediction / "._a.nii.gz").write_bytes(b"macOS")
     spoil(prediction / "b.nii.gz")
     # The results of an earlier call are not those of these files any more.
     for name in ("evaluation.csv", "evaluation.json"):
@@ -267,6 +270,7 @@ def test_a_case_that_cannot_be_used_is_named_and_the_others_are_kept(folders, ca
         part = json.loads((kept / f"{case}.json").read_text())
         part["record"]["metrics"]["core"]["Dice"] = 7.0
         (kept / f"{case}.json").write_text(json.dumps(part))
+    (prediction / "b.nii.gz").unlink()
     (prediction / "b.nii.gz").write_bytes(good)
     # A prediction that has changed since is evaluated again, and so is one whose result is damaged.
     write_image(array(truth / "c.nii.gz"), prediction / "c.nii.gz", SPACING)

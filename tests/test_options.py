@@ -62,6 +62,19 @@ def test_lookup_returns_the_same_class_each_time(name):
     assert issubclass(variant, find_trainer(name))
 
 
+def test_a_name_that_makes_too_long_a_folder_is_refused_where_it_is_parsed(make_trainer):
+    def named(length):
+        name = "nnUNetTrainerCPS_ramp_up=0."
+        return name + "1" * (length - len(name))
+
+    with pytest.raises(OptionError, match="nnUNetTrainerCPS_ramp_up=0.1.* is 52 characters too long.*at most 255"):
+        find_trainer(named(300))
+    assert find_trainer(named(240)) is not None
+    # With the plans' name and _second, which the search for trainers does not know.
+    with pytest.raises(OptionError, match="is 13 characters too long"):
+        make_trainer(named(240))
+
+
 def test_names_of_others_are_none():
     assert find_trainer("nnUNetTrainer") is None
     assert find_trainer("nnUNetTrainerCoraNetwork") is None

@@ -578,6 +578,11 @@ def change(new_labels=None, **kwargs):
     return apply
 
 
+def gone(members):
+    (members[1] / "case_1.nii.gz").unlink()
+    (members[1] / "case_1.nii.gz").symlink_to("/not/mounted")
+
+
 def four_dimensional(members):
     file = str(members[0] / "case_1.nii.gz")
     sitk.WriteImage(sitk.JoinSeries([sitk.ReadImage(file)] * 2), file)
@@ -594,6 +599,7 @@ def four_dimensional(members):
         ),
         (change(spacing=(0.5, 1.5, 2.5)), "case case_1: .* have different spacings"),
         (change(lambda x: np.stack([x, x])), "fold_1/case_1.nii.gz has several channels"),
+        (gone, "fold_1/case_1.nii.gz cannot be read: it links to /not/mounted, which is gone"),
         (four_dimensional, "fold_0/case_1.nii.gz has 4 dimensions"),
     ],
 )
@@ -603,6 +609,36 @@ def test_spoiled_case_is_named_and_the_others_are_done(members, tmp_path, capsys
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error")]
     assert len(lines) == 2 and re.search(message, lines[0])
     assert sorted(file.stem for file in (tmp_path / "scores" / "cases").iterdir()) == ["case_0", "case_2"]
+
+
+def test_an_order_of_regions_that_swaps_labels_is_refused(members, tmp_path, capsys):
+    regions = {"labels": {"background": 0, "whole": [1, 2], "core": 1}, "regions_class_order": [1, 2]}
+    (members[0] / "dataset.json").write_text(json.dumps(regions))
+    assert run("-i", *members, "-o", tmp_path / "scores") == 1
+    error = capsys.readouterr().err
+    assert f"{members[0] / 'dataset.json'}: regions_class_order [1, 2] does not give the labels back" in error
+    assert error.count("\n") == 1 and not (tmp_path / "scores").exists()
+
+
+def test_damaged_scores_are_named(members, tmp_path, capsys):
+    assert run("-i", *members, "-o", tmp_path / "scores") == 0
+    select = ["select", "-i", str(tmp_path / "scores"), "-o", str(tmp_path / "out"), "--threshold", "0"]
+    whole = {}
+    for name, content, message in (
+        ("cases/case_1.json", '{"case": "ca', "case_1.json is cut off"),
+        ("cases/case_1.json", "{}", "case_1.json has no key 'members'"),
+        ("score.json", "[]", "score.json has no keys"),
+        ("score.json", '{"classes": {}}', "score.json has no key 'regions_class_order'"),
+    ):
+        file = tmp_path / "scores" / name
+        whole.setdefault(name, file.read_text())
+        file.write_text(content)
+        capsys.readouterr()
+        assert cli.main(select) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        file.write_text(whole[name])
+    assert cli.main(select) == 0
 
 
 def test_bad_folders_are_refused(members, tmp_path, capsys):

@@ -164,6 +164,21 @@ def test_bad_input_is_one_line(tmp_path, capsys, content):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_damaged_files_of_rounds_are_named(tmp_path, capsys):
+    make_work_folder(tmp_path)
+    capsys.readouterr()
+    for name, content, message in (
+        ("round_1/selection/selection.csv", "case,accepted,reasons\nm\xfcller,no,\n", "is not UTF-8"),
+        ("round_1/selection/selection.csv", "case;accepted;reasons\n", "has no column 'case'"),
+        ("manifest.json", '{"arguments": {}, "rounds": [{}], "stopped": null}', "damaged (it has no rounds)"),
+        ("manifest.json", "[]", "has no keys"),
+    ):
+        (tmp_path / name).write_text(content, encoding="latin-1")
+        assert cli.main(["report", str(tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert str(tmp_path / name) in error and message in error and error.count("\n") == 1, error
+
+
 # -------------------------------------------------------------------------------------------------------- in a browser
 
 

@@ -500,6 +500,32 @@ def test_a_call_that_waited_for_another_goes_on_from_there(make):
     assert second.manifest.calls == ["first call"]
 
 
+def test_labels_and_names_that_rounds_cannot_use_are_refused(make, work, monkeypatch):
+    file = work / "preprocessed" / "Dataset801_labels" / "dataset.json"
+    before = file.read_text()
+    regions = {"labels": {"background": 0, "whole": [1, 2], "core": 1}, "regions_class_order": [1, 2]}
+    try:
+        file.write_text(json.dumps({**json.loads(before), **regions}))
+        with pytest.raises(ValueError, match=r"dataset\.json: regions_class_order .*has to be \[2, 1\]"):
+            make(FakeExecutor())
+    finally:
+        file.write_text(before)
+    long = "nnUNetTrainerMeanTeacher_ramp_up=0." + "1" * 190
+    with pytest.raises(ValueError, match="characters too long"):
+        make(FakeExecutor(trainers=(long, "nnUNetTrainer")), parts=100)
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "imagesUn"])
+def test_a_link_whose_target_is_gone_stops_rounds_at_once(make, work, folder):
+    file = work / "raw" / "Dataset801_labels" / folder / "far_0000.nii.gz"
+    file.symlink_to("/not/mounted")
+    try:
+        with pytest.raises(CaseError, match="far_0000.nii.gz cannot be read: it links to /not/mounted"):
+            make(FakeExecutor())
+    finally:
+        file.unlink()
+
+
 def test_one_call_at_a_time(make):
     executor = FakeExecutor()
     other = make(executor)

@@ -378,10 +378,10 @@ def test_volumes_are_compared_with_the_labeled_cases_given(members, tmp_path, ca
 
 
 def test_command_writes_maps_tables_and_cases(members, tmp_path, work, capsys):
-    name = "Dataset811_score"
+    name = "Dataset819_score"
     write_raw_dataset(work / "raw" / name, LABELS, num_labeled=4, num_unlabeled=0)
     out = tmp_path / "scores"
-    assert run("-i", *members, "-o", out, "-d", "811") == 0
+    assert run("-i", *members, "-o", out, "-d", "819") == 0
     assert "Mean score of 3 cases" in capsys.readouterr().out
     scores = read_scores(out)
     assert list(scores) == ["case_0", "case_1", "case_2"] and not (out / "entropy").exists()

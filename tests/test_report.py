@@ -169,7 +169,7 @@ def test_damaged_files_of_rounds_are_named(tmp_path, capsys):
     capsys.readouterr()
     for name, content, message in (
         ("round_1/selection/selection.csv", "case,accepted,reasons\nm\xfcller,no,\n", "is not UTF-8"),
-        ("round_1/selection/selection.csv", "case;accepted;reasons\n", "has no column 'case'"),
+        ("round_1/selection/selection.csv", "name;accepted;reasons\n", "has no column 'case'"),
         ("manifest.json", '{"arguments": {}, "rounds": [{}], "stopped": null}', "damaged (it has no rounds)"),
         ("manifest.json", "[]", "has no keys"),
     ):

@@ -193,7 +193,7 @@ def test_3d_tiff_is_evaluated_with_the_spacing_beside_it(tmp_path, capsys):
     assert cli.main([*nifti_command, "--labels", "1", "-np", "1"]) == 0
     other = json.loads((tmp_path / "nifti" / "prediction" / "evaluation.json").read_text())["metric_per_case"][0]
     assert result["metrics"] == other["metrics"]
-    # Without the files nnU-Net takes 1 mm, and so does this, which is said.
+    # Without the files nnU-Net takes 1 mm, and so does this, with a warning.
     (tmp_path / "truth" / "x.json").unlink()
     assert cli.main(command) == 1
     error = capsys.readouterr().err

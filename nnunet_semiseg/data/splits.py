@@ -101,7 +101,11 @@ def read_splits(file: Path) -> list[dict]:
     return splits
 
 
-def check_fold(splits_file: Path, fold: int | str) -> None:
+def _number_of_folds(splits: list[dict]) -> str:
+    return f"{len(splits)} fold{'s' if len(splits) > 1 else ''}"
+
+
+def check_fold(splits_file: Path, fold: int | str) -> dict | None:
     """Refuse a fold whose training would see labels that other folds hide.
 
     nnU-Net trains fold ``all`` on every label, and a fold that the file lacks on a random 80 percent of them.
@@ -110,18 +114,21 @@ def check_fold(splits_file: Path, fold: int | str) -> None:
         splits_file: ``splits_final.json``; it may be missing.
         fold: nnU-Net's fold.
 
+    Returns:
+        What the file has for the fold; None for ``all``, and if the file or the fold is missing.
+
     Raises:
         ValueError: naming the file and what to do; also as ``read_splits``.
     """
     if not splits_file.is_file():
-        return
+        return None
     splits = read_splits(splits_file)
     if fold != "all" and 0 <= fold < len(splits):
-        return
+        return splits[fold]
     hiding = sum(bool(split.get("unlabeled")) for split in splits)
     if not hiding:
-        return
-    folds = f"{len(splits)} fold{'s' if len(splits) > 1 else ''}"
+        return None
+    folds = _number_of_folds(splits)
     there = "fold 0" if len(splits) == 1 else f"one of the folds 0 to {len(splits) - 1}"
     if fold == "all":
         raise ValueError(
@@ -138,8 +145,9 @@ def choose_folds(splits_file: Path, splits: list[dict], folds: Iterable[int]) ->
     """{fold: what ``splits`` has for it}. Raises ValueError, naming the file, if it lacks one."""
     for fold in folds:
         if not 0 <= fold < len(splits):
-            number = f"{len(splits)} fold{'s' if len(splits) > 1 else ''}"
-            raise ValueError(f"{splits_file} has {number}, there is no fold {fold}. They count from 0")
+            raise ValueError(
+                f"{splits_file} has {_number_of_folds(splits)}, there is no fold {fold}. They count from 0"
+            )
     return {fold: splits[fold] for fold in folds}
 
 
@@ -197,13 +205,9 @@ def hidden_cases(splits_file: Path, fold: int | str, known: list[str]) -> list[s
         ValueError: naming the file and the case, if the fold names an unknown case or an unlabeled case is also in
             ``train`` or ``val``; also as ``check_fold``.
     """
-    check_fold(splits_file, fold)
-    if fold == "all" or not splits_file.is_file():
+    split = check_fold(splits_file, fold)
+    if split is None:
         return []
-    splits = read_splits(splits_file)
-    if fold >= len(splits):
-        return []
-    split = splits[fold]
     hidden = split.get("unlabeled", [])
     known = set(known)
     for key in ("train", "val", "unlabeled"):

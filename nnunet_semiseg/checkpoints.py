@@ -105,10 +105,11 @@ def restarted(checkpoint: dict) -> dict:
     """
     new = {**checkpoint, "current_epoch": 0, "_best_ema": None, "logging": {name: [] for name in checkpoint["logging"]}}
     if STATE_KEY in new:
-        # A second phase starts when it is its time in this training.
-        method = {**new[STATE_KEY]["method"]}
-        method.update({"phase_2_start": None} if "phase_2_start" in method else {})
-        new[STATE_KEY] = {**new[STATE_KEY], "method": method}
+        state = new[STATE_KEY] = {**new[STATE_KEY]}
+        # A second phase starts when it is its time in this training. (Once, its start stood in the method's state.)
+        of_this_run = state.get("of_this_run", ("phase_2_start",))
+        for part in ("schedule", "method"):
+            state[part] = {name: value for name, value in state.get(part, {}).items() if name not in of_this_run}
     return new
 
 

@@ -97,6 +97,13 @@ class LabelAdapter:
         valid = target != self.ignore_label
         return torch.where(valid, target, 0), valid
 
+    def as_probabilities(self, hard: torch.Tensor) -> torch.Tensor:
+        """A hard prediction as the (B, C, *) float32 probabilities of a network that is sure of it."""
+        if self.has_regions:
+            return hard.float()
+        classes = torch.arange(self.num_outputs, device=hard.device).view(1, -1, *[1] * (hard.ndim - 2))
+        return (hard == classes).float()
+
     def is_foreground(self, hard: torch.Tensor) -> torch.Tensor:
         """(B, 1, *) bool: any foreground class in a hard prediction."""
         return hard.any(1, keepdim=True) if self.has_regions else hard > 0

@@ -168,7 +168,8 @@ class Rounds:
                 f"{s.configuration} is the second stage of a cascade. Use the members' first stage for rounds"
             )
         for member in self.members:
-            second = getattr(find_trainer(member.trainer), "SECOND_FOLDER", "")
+            trainer = find_trainer(member.trainer)
+            second = "" if trainer is None else trainer.folder_suffix()
             check_folder_name(member.trainer + second, s.plans, s.configuration)
             # Of the files in the work folder, the lock beside the log of a prediction has the longest name.
             excess = len(f".predict_{member.name}_part{parts - 1}.log.lock".encode()) - MAX_NAME

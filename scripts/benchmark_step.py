@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from nnunetv2.run.run_training import get_trainer_from_args  # noqa: E402
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa: E402
 
-from nnunet_semiseg.trainers.frame import TwoPhaseTrainer  # noqa: E402
+from nnunet_semiseg.trainers.frame import PretrainingOptions  # noqa: E402
 from nnunet_semiseg.trainers.registry import TRAINERS as METHODS  # noqa: E402
 
 SETTINGS = "_num_iterations_per_epoch=100000_1epochs_seed=1"
@@ -47,7 +47,7 @@ MORE = {"CoraNet": "_relabel_every=100000_label_reuse=50000"}
 
 def _described(name: str, trainer) -> tuple:
     """Options with which a trainer uses unlabeled data at once, and its ``passes``."""
-    start = TWO_PHASES if issubclass(trainer, TwoPhaseTrainer) else "_warm_up=0"
+    start = TWO_PHASES if issubclass(trainer.Options, PretrainingOptions) else "_warm_up=0"
     return (start + MORE.get(name, ""), *trainer.passes)
 
 
@@ -123,7 +123,7 @@ def main():
 
     def teacher_forward():
         with torch.no_grad(), mean_teacher.autocast():
-            mean_teacher.teacher_network(weak)
+            mean_teacher.teacher(weak)
 
     pieces = {
         "stock step, labeled": lambda: nnUNetTrainer.train_step(stock, labeled["stock"]),

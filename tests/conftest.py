@@ -26,7 +26,7 @@ import SimpleITK as sitk  # noqa: E402
 import torch  # noqa: E402
 
 from nnunet_semiseg import cli  # noqa: E402
-from nnunet_semiseg.trainers.frame import TwoPhaseTrainer  # noqa: E402
+from nnunet_semiseg.trainers.frame import PretrainingOptions  # noqa: E402
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer  # noqa: E402
 
 torch.set_num_threads(1)
@@ -150,7 +150,11 @@ EVERYWHERE = [(kind, configuration) for kind in ("labels", "regions") for config
 
 # Of every method and preset, a term that there is as soon as it uses unlabeled data.
 _SUPERVISED = {"supervised", "supervised_second", "conservative", "radical", "mask", "distance", "consistency_labeled"}
-UNLABELED_TERMS = {term for trainer in TRAINERS.values() for term in trainer.terms} - _SUPERVISED | {"pseudo_out"}
+UNLABELED_TERMS = {term for trainer in TRAINERS.values() for term in trainer.terms} - _SUPERVISED | {
+    "mixed_out",
+    "mixed_pseudo",
+    "mixed_pseudo_out",
+}
 
 TWO_PHASES = "_pretraining=0_min_recall=0"
 CHEAP = {"nnUNetTrainerCoraNet": "_relabel_every=2", "nnUNetTrainerUAMT": "_passes=2"}
@@ -158,7 +162,7 @@ CHEAP = {"nnUNetTrainerCoraNet": "_relabel_every=2", "nnUNetTrainerUAMT": "_pass
 
 def from_start(name):
     """The trainer as one that uses unlabeled data from the first step on, and is cheap to run."""
-    start = TWO_PHASES if issubclass(find_trainer(name), TwoPhaseTrainer) else "_warm_up=0"
+    start = TWO_PHASES if issubclass(find_trainer(name).Options, PretrainingOptions) else "_warm_up=0"
     return name + start + CHEAP.get(name.split("_")[0], "")
 
 

@@ -7,7 +7,8 @@ from conftest import SHORT, train_steps
 
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
-from nnunet_semiseg.trainers.methods.coranet import SETTINGS, _zoomed
+from nnunet_semiseg.trainers.certainty import by_test_time_augmentation, zoomed
+from nnunet_semiseg.trainers.methods.coranet import SETTINGS
 
 NAME = "nnUNetTrainerCoraNet"
 NOW = "_pretraining=0_min_recall=0_relabel_every=2"
@@ -16,8 +17,12 @@ NOW = "_pretraining=0_min_recall=0_relabel_every=2"
 def unlabeled_batch(trainer, certain=0.5):
     trainer.before_step()
     batch = trainer.next_unlabeled()
-    batch["certain"] = torch.rand(batch["certain"].shape) < certain
-    return batch
+    return batch._replace(certain=torch.rand(batch.certain.shape) < certain)
+
+
+def terms_of(trainer, batch):
+    (terms,) = trainer.unsupervised_losses(batch)
+    return terms
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
@@ -51,7 +56,7 @@ def test_phases_and_the_teachers_start(started):
     trainer.on_train_epoch_start()
     assert trainer.uses_unlabeled()
     trainer.before_step()
-    assert trainer.phase_2_start == 0.5
+    assert trainer.schedule.phase_2_start == 0.5
     for student, teacher in zip(trainer.network.parameters(), trainer.teacher.module.parameters()):
         assert torch.equal(student, teacher)
     train_steps(trainer, 1)
@@ -80,12 +85,12 @@ def test_labels_are_of_the_student_at_relabeling_and_stay(started):
     )
     first = trainer.next_unlabeled()
     with torch.no_grad():
-        outputs, features = forward_with_features(trainer.network, first["weak"])
+        outputs, features = forward_with_features(trainer.network, first.weak)
         heads = trainer._run_heads(features)
         expected = full_resolution(outputs).argmax(1, keepdim=True)
         certain = ((heads["conservative"] > 0) == (heads["radical"] > 0)).all(1, keepdim=True)
-    assert torch.equal(first["hard"].long(), expected)
-    assert torch.equal(first["certain"], certain)
+    assert torch.equal(first.hard.long(), expected)
+    assert torch.equal(first.certain, certain)
     train_steps(trainer, 1)
     (kept,) = trainer._pool
     hard, certain = kept["hard"].clone(), kept["certain"].clone()
@@ -110,15 +115,15 @@ def test_settings_of_table_4(started, setting):
             parameter.add_(0.05 * torch.randn_like(parameter))
     trainer.global_step = 0
     batch = unlabeled_batch(trainer)
-    regions = {"certain": batch["certain"], "uncertain": ~batch["certain"], "all": torch.ones_like(batch["certain"])}
-    base = trainer.unsupervised_loss(batch)
+    regions = {"certain": batch.certain, "uncertain": ~batch.certain, "all": torch.ones_like(batch.certain)}
+    base = terms_of(trainer, batch)
     if self_training is not None:
-        outside = {**batch, "hard": torch.where(regions[self_training], batch["hard"], (batch["hard"] + 1) % 3)}
-        assert torch.equal(trainer.unsupervised_loss(outside)["certain"].value, base["certain"].value)
+        outside = batch._replace(hard=torch.where(regions[self_training], batch.hard, (batch.hard + 1) % 3))
+        assert torch.equal(terms_of(trainer, outside)["certain"].value, base["certain"].value)
     if mean_teacher is not None:
         with torch.no_grad():
-            student = full_resolution(trainer.network(batch["strong"])).softmax(1)
-            teacher = full_resolution(trainer.teacher(batch["weak"])).softmax(1)
+            student = full_resolution(trainer.network(batch.strong)).softmax(1)
+            teacher = full_resolution(trainer.teacher(batch.weak)).softmax(1)
         distance = ((student - teacher) ** 2).sum(1, keepdim=True)[regions[mean_teacher]].mean()
         torch.testing.assert_close(base["consistency"].value.detach(), distance)
 
@@ -138,15 +143,15 @@ def test_other_uncertainty_estimators_of_table_6(started, uncertainty, kind, con
 def test_test_time_augmentation_undoes_flips_and_zooms(started):
     image = torch.rand(1, 1, 32, 32)
     image = torch.nn.functional.avg_pool2d(image, 5, 1, 2)
-    back = _zoomed(_zoomed(image, 0.8), 1 / 0.8)
+    back = zoomed(zoomed(image, 0.8), 1 / 0.8)
     torch.testing.assert_close(back[..., 4:-4, 4:-4], image[..., 4:-4, 4:-4], atol=0.1, rtol=0)
-    assert torch.equal(_zoomed(image, 1.0), image)
+    assert torch.equal(zoomed(image, 1.0), image)
     trainer = started(f"{NAME}{NOW}_uncertainty=tta_passes=8{SHORT}")
     # A "network" that passes its input on: the mean over augmentations is then the image again.
     trainer.logits = lambda network, data: torch.cat((-20 * (data - 0.5), torch.zeros_like(data), 20 * (data - 0.5)), 1)
     data = torch.zeros(1, 1, 32, 32)
     data[..., :16] = 1.0
-    hard, certain = trainer._label_by_tta(data)
+    hard, certain = by_test_time_augmentation(trainer, data)
     assert (hard[..., 2:12] == 2).all() and (hard[..., 20:30] == 0).all()
     assert certain[..., 2:10].all() and certain[..., 22:30].all()
 
@@ -191,7 +196,7 @@ def test_a_share_of_the_heads_gradient_reaches_the_shared_network(started, share
 def test_unlabeled_data_does_not_train_the_heads_unless_all_heads(started):
     for settings, trained in (("", False), ("_all_heads=true", True)):
         trainer = started(NAME + NOW + settings + SHORT)
-        terms = trainer.unsupervised_loss(unlabeled_batch(trainer))
+        terms = terms_of(trainer, unlabeled_batch(trainer))
         sum(term.value for term in terms.values()).backward()
         gradients = [p.grad for p in trainer.companions["heads"].parameters()]
         assert all((g is not None) == trained for g in gradients)
@@ -203,8 +208,7 @@ def test_unlabeled_data_does_not_train_the_heads_unless_all_heads(started):
 def test_all_certain_and_all_uncertain_batches_are_finite(started, certain, kind):
     trainer = started(NAME + NOW + SHORT, kind)
     batch = unlabeled_batch(trainer, certain)
-    batch["hard"] = torch.zeros_like(batch["hard"])
-    terms = trainer.unsupervised_loss(batch)
+    terms = terms_of(trainer, batch._replace(hard=torch.zeros_like(batch.hard)))
     for term in terms.values():
         assert torch.isfinite(term.value) and term.value.requires_grad
 

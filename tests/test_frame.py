@@ -94,11 +94,10 @@ def test_every_trainer_learns_from_both_halves(started, name, kind, configuratio
 
 def test_teacher_sees_clamped_noise(started):
     trainer = started("nnUNetTrainerMeanTeacher_warm_up=0_noise=0.5_student_view=weak" + SHORT)
-    assert trainer.teacher_network is trainer.teacher.module
     seen = {}
-    trainer.teacher_network = lambda x: seen.setdefault("teacher", x) * trainer.network(x)[0][:, :1]
+    trainer.teacher.forward = lambda x: seen.setdefault("teacher", x) * trainer.network(x)[0][:, :1]
     x = torch.zeros(2, 1, *trainer.configuration_manager.patch_size)
-    trainer.unsupervised_loss(Unlabeled(weak=x, strong=x + 1))
+    trainer.targets(Unlabeled(weak=x, strong=x + 1))
     noise = seen["teacher"]
     assert noise.abs().max() == 1.0
     assert 0.4 < float(noise.std()) < 0.5
@@ -202,6 +201,7 @@ def state_of(trainer):
         "optimizer": trainer.optimizer.state_dict(),
         "log": {k: v for k, v in trainer.logger.local_logger.my_fantastic_logging.items() if "timestamp" not in k},
         "step": trainer.global_step,
+        "schedule": trainer.schedule.state(),
         "method": trainer.method_state(),
         "unlabeled random": trainer.random_stream.state(),
         "global random": (torch.get_rng_state(), np.random.get_state()[1]),
@@ -288,8 +288,8 @@ def test_non_finite_term_skips_the_step_and_many_abort_with_the_cases(started):
     train_steps(trainer, 1)
     before = flat(trainer.network).clone(), flat(trainer.teacher).clone()
     poison = Term(torch.tensor(float("nan")), 1.0)
-    original = trainer.unsupervised_loss
-    trainer.unsupervised_loss = lambda batch: {**original(batch), "poison": poison}
+    original = trainer.student_losses
+    trainer.student_losses = lambda **given: ({**group, "poison": poison} for group in original(**given))
     train_steps(trainer, MAX_NON_FINITE_STEPS - 1)
     assert torch.equal(before[0], flat(trainer.network)) and torch.equal(before[1], flat(trainer.teacher))
     assert trainer._non_finite_total == MAX_NON_FINITE_STEPS - 1
@@ -301,15 +301,15 @@ def test_gradient_that_is_not_finite_skips_the_step_too(started):
     trainer = started(short("nnUNetTrainerMeanTeacher"))
     train_steps(trainer, 1)
     before = flat(trainer.network).clone()
-    original = trainer.unsupervised_loss
+    original = trainer.student_losses
 
-    def poisoned(batch):
-        terms = original(batch)
+    def poisoned(**given):
+        (terms,) = original(**given)
         # Finite, with an infinite slope.
         weight = next(trainer.network.parameters())
-        return {**terms, "steep": Term(torch.sqrt((weight - weight.detach()).square().sum()), 1.0)}
+        yield {**terms, "steep": Term(torch.sqrt((weight - weight.detach()).square().sum()), 1.0)}
 
-    trainer.unsupervised_loss = poisoned
+    trainer.student_losses = poisoned
     result = trainer.train_step(next(trainer.dataloader_train))
     assert torch.equal(before, flat(trainer.network)) and trainer._non_finite_total == 1
     assert np.isfinite(result["loss"])

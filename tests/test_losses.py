@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nnunet_semiseg.labels import LabelAdapter
-from nnunet_semiseg.losses.consistency import masked_squared_distance, probability_mse
+from nnunet_semiseg.losses.consistency import masked_squared_distance
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce, cost_sensitive_dice
 from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 from nnunet_semiseg.losses.ramps import gaussian_ramp_up, ramp_up_between
@@ -44,14 +44,6 @@ def test_ramp_is_the_papers():
     assert ramp_up_between(0.2, 0.2, 0.3) == pytest.approx(math.exp(-5))
     assert ramp_up_between(0.5, 0.2, 0.3) == 1
     assert ramp_up_between(0.2, 0.2, 0.0) == 1
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("classes", [2, 4])
-def test_probability_mse_literally(shape, classes):
-    p, q = (torch.rand(2, classes, *shape).softmax(1) for _ in range(2))
-    total = sum(float((p[b, c][v] - q[b, c][v]) ** 2) for b in range(2) for c in range(classes) for v in voxels(shape))
-    assert float(probability_mse(p, q)) == pytest.approx(total / p.numel(), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -227,12 +219,20 @@ def test_masks_of_no_voxels_give_a_finite_loss_with_a_graph():
 def test_the_teachers_side_gets_no_gradient():
     student, teacher = (torch.rand(1, 2, 4, 4, requires_grad=True) for _ in range(2))
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    for loss in (probability_mse(student, teacher), masked_squared_distance(student, teacher, mask)):
-        loss.backward()
-        assert student.grad.any() and teacher.grad is None
+    masked_squared_distance(student, teacher, mask).backward()
+    assert student.grad.any() and teacher.grad is None
 
 
 class TestLabelAdapter:
+    @pytest.mark.parametrize("regions", [True, False])
+    def test_probabilities_of_a_hard_prediction_give_it_back(self, regions):
+        kind = adapter(3, regions=regions)
+        hard = torch.rand(2, 3, 4, 5) < 0.5 if regions else torch.randint(0, 3, (2, 1, 4, 5))
+        p = kind.as_probabilities(hard)
+        assert p.shape == (2, 3, 4, 5) and p.dtype == torch.float32 and set(p.unique().tolist()) == {0.0, 1.0}
+        assert torch.equal(kind.hard(p - 0.5 if regions else p), hard)
+        assert kind.confidence(p).min() == 1
+
     def test_one_vs_rest_of_labels_with_ignore(self):
         target = torch.tensor([[[0, 1, 2, 3]]])[:, :, None]
         foreground, valid = adapter(3, ignore=3).one_vs_rest(target)

@@ -57,6 +57,14 @@ def trainer_of(make_trainer):
     return start
 
 
+def terms_of(trainer, unlabeled, data=None, target=None):
+    """The unsupervised terms of a step."""
+    terms = {}
+    for group in trainer.unsupervised_losses(unlabeled, data, target):
+        terms |= group
+    return terms
+
+
 def random_hard(kind, classes, shape, samples=2):
     if "regions" in kind:
         return torch.rand(samples, classes, *shape) < 0.5
@@ -308,7 +316,7 @@ def test_burl_takes_each_halfs_own_entropy(started, monkeypatch):
         student = trainer.labels.entropy(trainer.network(batch["data"])[0])
         unlabeled = trainer.next_unlabeled()
         trainer.options.__dict__["noise"] = 0.0
-        trainer.unsupervised_loss(unlabeled)
+        terms_of(trainer, unlabeled)
         teacher = trainer.labels.entropy(trainer.teacher(unlabeled.weak)[0])
     (_, hard, uncertain, favored, alpha, _), (_, pseudo, distrusted, other, other_alpha, _) = seen
     assert (favored, other, alpha, other_alpha) == ("url", "crl", 0.5, 0.25)
@@ -333,7 +341,7 @@ def test_consistency_literally(trainer_of, monkeypatch, shape, classes, kind, me
     trainer.global_step = 1
     weak, strong = (torch.randn(2, 1, *shape) for _ in range(2))
     first, second = (torch.randn(2, classes, *shape, requires_grad=True) for _ in range(2))
-    other = trainer.teacher_network if method == "MeanTeacher" else trainer.network
+    other = trainer.teacher if method == "MeanTeacher" else trainer.network
     looks = [(trainer.network, strong, first), (other, weak, second)]
 
     def logits(network, x):
@@ -341,7 +349,7 @@ def test_consistency_literally(trainer_of, monkeypatch, shape, classes, kind, me
         return output
 
     monkeypatch.setattr(trainer, "logits", logits)
-    term = trainer.unsupervised_loss(Unlabeled(weak, strong))["consistency"]
+    term = terms_of(trainer, Unlabeled(weak, strong))["consistency"]
     p, q = (everywhere(output, kind) for output in (first, second))
     total = sum((x - y) ** 2 for place in p for x, y in zip(p[place], q[place]))
     assert float(term.value) == pytest.approx(total / first.numel(), rel=1e-4)
@@ -359,7 +367,7 @@ def test_entropy_minimization_literally(trainer_of, monkeypatch, shape, classes,
     trainer = trainer_of(name, kind, classes)
     output, x = torch.randn(2, classes, *shape), torch.randn(2, 1, *shape)
     monkeypatch.setattr(trainer, "logits", lambda network, x: output)
-    term = trainer.unsupervised_loss(Unlabeled(x, x))["entropy"]
+    term = terms_of(trainer, Unlabeled(x, x))["entropy"]
     total = sum(entropy(p, kind) for p in everywhere(output, kind).values())
     u_max = classes * math.log(2) if kind == "regions" else math.log(classes)
     assert float(term.value) == pytest.approx(total / x.numel() / u_max, rel=1e-4) and term.weight == 0.2
@@ -380,7 +388,7 @@ def test_uamt_loss_literally(trainer_of, monkeypatch, shape, classes, kind, opti
     passes = [base + torch.randn(2, classes, *shape) for _ in range(3)]
     student = torch.randn(2, classes, *shape)
     answers = iter(passes)
-    monkeypatch.setattr(trainer, "teacher_network", lambda x: next(answers))
+    monkeypatch.setattr(trainer.teacher, "forward", lambda x: next(answers))
     monkeypatch.setattr(trainer.network, "forward", lambda x: student)
 
     progress = 2 / 6
@@ -400,7 +408,7 @@ def test_uamt_loss_literally(trainer_of, monkeypatch, shape, classes, kind, opti
             count += 1
     assert 0 < count < base[:, 0].numel() or "false" in option
     x = torch.randn(2, 1, *shape)
-    term = trainer.unsupervised_loss(Unlabeled(x, x))["consistency"]
+    term = terms_of(trainer, Unlabeled(x, x))["consistency"]
     assert float(term.value) == pytest.approx(total / count, rel=1e-4)
     assert term.weight == pytest.approx(2 * math.exp(-5 * (1 - progress) ** 2))
 
@@ -408,8 +416,8 @@ def test_uamt_loss_literally(trainer_of, monkeypatch, shape, classes, kind, opti
 def test_noise_is_drawn_for_every_pass_and_clamped(started, monkeypatch):
     trainer = started(f"nnUNetTrainerUAMT_warm_up=0_passes=3_noise=0.2{SHORT}")
     inputs = []
-    original = trainer.teacher_network
-    monkeypatch.setattr(trainer, "teacher_network", lambda x: inputs.append(x) or original(x))
+    original = trainer.teacher.forward
+    monkeypatch.setattr(trainer.teacher, "forward", lambda x: inputs.append(x) or original(x))
     x = torch.zeros(2, 1, *trainer.configuration_manager.patch_size)
     trainer.teacher_mean(x)
     assert len(inputs) == 3 and not torch.equal(inputs[0], inputs[1])
@@ -431,7 +439,7 @@ def test_uamt_student_learns_with_the_dropout_of_its_teacher(started, monkeypatc
     monkeypatch.setattr(trainer, "teacher_mean", lambda weak: answer)
     for loss in (
         lambda: trainer.supervised_loss(batch["data"], batch["target"])["supervised"].value,
-        lambda: trainer.unsupervised_loss(Unlabeled(batch["data"], batch["data"]))["consistency"].value,
+        lambda: terms_of(trainer, Unlabeled(batch["data"], batch["data"]))["consistency"].value,
     ):
         assert (float(loss()) == float(loss())) == (dropout == 0)
 
@@ -472,10 +480,10 @@ def copy_paste(trainer_of, monkeypatch):
         students = [torch.randn(3, classes, *shape, requires_grad=True) for _ in range(2)]
         images, inside = [], trainer.cuboid(data)
         monkeypatch.setattr(trainer, "next_unlabeled", lambda: Unlabeled(weak, strong))
-        monkeypatch.setattr(trainer, "teacher_network", {weak: teacher}.get)
+        monkeypatch.setattr(trainer.teacher, "forward", {weak: teacher}.get)
         monkeypatch.setattr(trainer, "cuboid", lambda data: inside)
         monkeypatch.setattr(trainer.network, "forward", lambda x: images.append(x) or students[len(images) - 1])
-        pseudo, _ = trainer.pseudo_labels(weak)
+        pseudo = trainer.targets(Unlabeled(weak, strong))["hard"]
         return SimpleNamespace(
             trainer=trainer,
             data=data,
@@ -517,7 +525,7 @@ def test_copy_paste_literally(copy_paste, monkeypatch, shape, classes, kind):
     monkeypatch.setattr(step.trainer, "labeled_loss", labeled_loss)
     monkeypatch.setattr(step.trainer, "pseudo_loss", pseudo_loss)
     terms = [set(group) for group in step.terms()]
-    assert terms == [{"supervised_out", "pseudo_out"}, {"supervised_in", "pseudo_in"}]
+    assert terms == [{"mixed_labels_out", "mixed_pseudo_out"}, {"mixed_labels_in", "mixed_pseudo_in"}]
     for direction, group in enumerate(seen):
         for i, v in everywhere(step.teacher, kind):
             # Another partner in each direction.
@@ -530,7 +538,7 @@ def test_copy_paste_literally(copy_paste, monkeypatch, shape, classes, kind):
             assert ignored or at(group["hard"], i, v) == at(hard, origin, v)[: step.pseudo.shape[1]]
             assert bool(group["labeled"][i, 0][v]) == (labeled and not ignored)
             assert bool(group["pseudo"][i, 0][v]) == (not labeled)
-            assert at(group["labeling"], i, v) == at(step.teacher, partner, v)
+            assert labeled or at(group["labeling"], i, v) == at(step.teacher, partner, v)
 
 
 @BOTH_SHAPES
@@ -576,12 +584,12 @@ def test_labeled_patches_as_they_are_and_the_mixed_batches_in_turn(started, monk
     monkeypatch.setattr(trainer.network, "forward", lambda x: images.append(x) or forward(x))
     trainer.before_step()
     data, strong = batch["data"], unlabeled["strong"]
-    for step, (name, real) in enumerate([("mixed_out", ~inside), ("mixed_in", inside)] * 2):
+    for step, real in enumerate([~inside, inside] * 2):
         trainer.global_step = step
         groups = list(trainer.losses(data, batch["target"]))
         assert [{key: term.weight for key, term in group.items()} for group in groups] == [
             {"supervised": 0.5},
-            {name: 0.5},
+            {"mixed": 0.5},
         ]
         plain, mixed = images[-2:]
         assert torch.equal(plain, data) and torch.equal(mixed, torch.where(real, data, strong))
@@ -852,9 +860,7 @@ def test_cps_learns_the_other_networks_argmax(started, monkeypatch, view):
     with torch.no_grad():
         learned = {n: net(getattr(x, view))[0] for n, net in (("first", trainer.network), ("second", trainer.second))}
         labels = {n: net(x.weak)[0].argmax(1) for n, net in (("first", trainer.network), ("second", trainer.second))}
-    terms = {}
-    for group in trainer.cross_losses(x):
-        terms |= group
+    terms = terms_of(trainer, x)
     for name, other in (("first", "second"), ("second", "first")):
         expected = torch.nn.functional.cross_entropy(learned[name], labels[other])
         torch.testing.assert_close(terms[f"cross_{name}"].value, expected)
@@ -967,7 +973,7 @@ def test_contrast_of_labels_and_of_each_region(trainer_of, shape, classes, kind)
     for taught, guessed in zip(pseudo.long().unbind(1), own.long().unbind(1)):
         unit, prototypes = literal_prototypes(features, taught, reliable[:, 0])
         losses.append(literal_contrast(unit, prototypes, guessed, reliable[:, 0]))
-    value = trainer.contrast("second", features, pseudo, reliable, own)
+    value = trainer.contrast("second", features, pseudo, reliable, ~reliable, own)
     assert float(value) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
@@ -1078,7 +1084,8 @@ def test_the_winner_labels_in_its_reliable_region(started, monkeypatch, taught):
     monkeypatch.setattr(trainer, "pseudo_loss", lambda *arguments: seen.append(arguments) or original(*arguments))
     for winner, network in enumerate((trainer.network, trainer.second)):
         seen.clear()
-        terms = trainer.unlabeled_terms(unlabeled, winner)
+        trainer.labeler = winner
+        terms = terms_of(trainer, unlabeled)
         learning = {"pseudo_first", "pseudo_second"}
         if taught == "loser":
             learning.remove(("pseudo_first", "pseudo_second")[winner])

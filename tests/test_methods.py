@@ -12,7 +12,6 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.trainers.frame import TwoNetworkTrainer
 from nnunet_semiseg.trainers.options import build_options, parse_suffix
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
 
@@ -25,7 +24,7 @@ DEFAULTS = {
 CONSISTENCY = {"supervised": STUDENT, "consistency": STUDENT}
 PSEUDO = {"supervised": STUDENT, "pseudo": STUDENT}
 MIXED = dict.fromkeys(("mixed_out", "mixed_in"), STUDENT)
-BY_ORIGIN = dict.fromkeys(("supervised_out", "pseudo_out", "supervised_in", "pseudo_in"), STUDENT)
+BY_ORIGIN = dict.fromkeys(("mixed_labels_out", "mixed_pseudo_out", "mixed_labels_in", "mixed_pseudo_in"), STUDENT)
 CORANET, HEADS = {**CONSISTENCY, "certain": STUDENT}, {"student", "heads"}
 # Settings that change what trains what.
 TERMS = {
@@ -63,14 +62,17 @@ WEIGHTS = {
         supervised=1, conservative=1, radical=1, certain=0.7 * HALF_WAY, consistency=0.3 * HALF_WAY
     ),
     f"MeanTeacherBURL_pseudo_weight=0.7{PRETRAINED}": dict(supervised=1, pseudo=0.7 * HALF_WAY),
-    # The mean of two passes; in one loss, voxels have the weights. The step of the test is an even one.
-    f"BCP_pseudo_weight=0.7{PRETRAINED}": dict(supervised=0.5, mixed_out=0.5),
+    # The mean of two passes; in one loss, voxels have the weights.
+    f"BCP_pseudo_weight=0.7{PRETRAINED}": dict(supervised=0.5, mixed=0.5),
     f"BCP_pseudo_weight=0.7_unmixed=false{PRETRAINED}": dict(mixed_out=0.5, mixed_in=0.5),
     f"BCP_pseudo_weight=0.7_unmixed=false_origin_normalized=true{PRETRAINED}": dict(
-        supervised_out=0.5, pseudo_out=0.35 * HALF_WAY, supervised_in=0.5, pseudo_in=0.35 * HALF_WAY
+        mixed_labels_out=0.5,
+        mixed_pseudo_out=0.35 * HALF_WAY,
+        mixed_labels_in=0.5,
+        mixed_pseudo_in=0.35 * HALF_WAY,
     ),
     f"BCPBURL_pseudo_weight=0.7_region_normalized=true{PRETRAINED}": dict(
-        supervised=0.5, supervised_out=0.5, pseudo_out=0.35 * HALF_WAY
+        supervised=0.5, mixed_labels=0.5, mixed_pseudo=0.35 * HALF_WAY
     ),
     f"CutMix_pseudo_weight=0.7{PRETRAINED}": dict(supervised=1, mixed=0.7 * HALF_WAY),
     f"CPS_pseudo_weight=0.7{PRETRAINED}": dict(
@@ -109,7 +111,7 @@ def test_every_method_states_its_facts(name):
 def half_way(trainer):
     """A trainer whose ramp began after a quarter of the run, before the step after half of it."""
     for share in (4, 2):
-        trainer.global_step, trainer.current_epoch = trainer._total_steps // share, trainer.num_epochs // share
+        trainer.global_step, trainer.current_epoch = trainer.total_steps // share, trainer.num_epochs // share
         trainer.before_step()
     return trainer
 
@@ -204,7 +206,7 @@ def test_presets_are_settings_that_a_name_could_have(name, preset):
 @pytest.mark.parametrize("name, preset", PRESETS)
 def test_presets_train(started, name, preset):
     trainer = started(f"{name}_preset={preset}{SHORT}")
-    train_steps(trainer, trainer._total_steps)
+    train_steps(trainer, trainer.total_steps)
     assert trainer._non_finite_total == 0
     assert bool(UNLABELED_TERMS & set(trainer._epoch_sums)) == trainer.needs_unlabeled()
 
@@ -284,7 +286,7 @@ def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind,
     if "setting=distance" in name:
         # The network of the plans was not trained.
         assert not second.exists()
-    elif issubclass(find_trainer(name), TwoNetworkTrainer):
+    elif find_trainer(name).has_second_network():
         assert np.isfinite(predict(second, image)[1]).all()
         assert not np.array_equal(predict(second, image)[1], probabilities)
         shutil.rmtree(second)
@@ -299,23 +301,23 @@ def test_pretraining_goes_on_until_every_class_is_known_to_every_network(started
     trainer = started(f"nnUNetTrainer{method}_pretraining=0_min_recall=0.5_num_iterations_per_epoch=2_3epochs_seed=1")
     # An epoch without a class says nothing of it; before the first one with it, it is not known.
     trainer.on_train_epoch_end([{"loss": np.zeros(())}])
-    assert not trainer.knows_classes
+    assert not trainer.schedule.knows_classes
     for knows_core, expected in ((False, False), (True, True)):
         trainer.on_train_epoch_start()
         train_steps(trainer, 2)
         assert not UNLABELED_TERMS & set(trainer._epoch_sums)
-        found, present = trainer._recall_counts.unbind(1)
+        found, present = trainer.schedule.counts.unbind(1)
         assert (present > 0).all() and (found <= present).all() and torch.equal(present[0], present[-1])
         found.copy_(present)
         found[worse] *= torch.tensor([0.9, 0.6 if knows_core else 0.4])
         trainer.on_train_epoch_end([{"loss": np.zeros(())}])
         recall = {"ball": pytest.approx(0.9), "core": pytest.approx(0.6 if knows_core else 0.4)}
-        assert trainer.method_state() == {"phase_2_start": None, "knows_classes": expected, "recall": recall}
+        assert trainer.schedule.state() == {"phase_2_start": None, "knows_classes": expected, "recall": recall}
         trainer.current_epoch += 1
     trainer.on_train_epoch_start()
     assert trainer.uses_unlabeled()
     train_steps(trainer, 1)
-    assert trainer.phase_2_start == pytest.approx(4 / 6) and UNLABELED_TERMS & set(trainer._epoch_sums)
+    assert trainer.schedule.phase_2_start == pytest.approx(4 / 6) and UNLABELED_TERMS & set(trainer._epoch_sums)
 
 
 @pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
@@ -325,8 +327,8 @@ def test_recall_is_what_the_networks_find_of_the_labels(started, method, kind):
     for network in (trainer.network, *trainer.companions.values()):
         perturb(network, 0.3)
     batch = next(trainer.dataloader_train)
-    target, expected = batch["target"][0].numpy(), np.zeros((len(trainer.trained_networks), 2, 2))
-    for index, network in enumerate(trainer.trained_networks):
+    target, expected = batch["target"][0].numpy(), np.zeros((len(trainer.students), 2, 2))
+    for index, network in enumerate(trainer.students):
         with torch.no_grad():
             logits = network(batch["data"])[0].numpy()
             heads = {}
@@ -346,4 +348,4 @@ def test_recall_is_what_the_networks_find_of_the_labels(started, method, kind):
                 expected[index, 0, k] += present and found and certain
     assert 0 < expected[:, 0].sum() < expected[:, 1].sum()
     list(trainer.losses(batch["data"], batch["target"]))
-    assert np.array_equal(trainer._recall_counts.numpy(), expected)
+    assert np.array_equal(trainer.schedule.counts.numpy(), expected)

@@ -407,13 +407,13 @@ def test_a_restarted_checkpoint_starts_a_training(started, tmp_path):
     for _ in range(2):
         trainer.train_step(next(trainer.dataloader_train))
     trainer.current_epoch = 1
-    assert trainer.phase_2_start is not None
+    assert trainer.schedule.phase_2_start is not None
     trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
     before = checkpoints.read(tmp_path / "checkpoint_final.pth")
     checkpoints.write(checkpoints.restarted(before), tmp_path / "checkpoint_latest.pth")
     again = started(name)
     again.load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
-    assert again.current_epoch == 0 and again.phase_2_start is None and again.knows_classes
+    assert again.current_epoch == 0 and again.schedule.phase_2_start is None and again.schedule.knows_classes
     for own, other in ((again.network, trainer.network), (again.companions, trainer.companions)):
         assert all(torch.equal(a, b) for a, b in zip(own.parameters(), other.parameters()))
     again.on_train_epoch_start()

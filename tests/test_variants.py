@@ -18,6 +18,8 @@ from pseudo_label.rounds import _learns_from_unlabeled
 METHOD = """
 from dataclasses import dataclass
 
+import torch
+
 from nnunet_semiseg.trainers.frame import RampOptions, SemiSupervisedTrainer, Term
 from nnunet_semiseg.trainers.options import option
 
@@ -32,10 +34,17 @@ class nnUNetTrainerOfMine(SemiSupervisedTrainer):
 
     Options = Options
 
-    def unsupervised_loss(self, unlabeled):
-        weak, strong = (self.logits(self.student, view) for view in unlabeled)
-        target = self.labels.probabilities(self.options.sharpness * weak.detach())
-        return {"sharp": Term((self.labels.probabilities(strong) - target).square().mean(), self.ramp())}
+    @torch.no_grad()
+    def targets(self, unlabeled):
+        weak = self.logits(self.student, unlabeled.weak)
+        return {"sharp": self.labels.probabilities(self.options.sharpness * weak)}
+
+    def targets_of_labels(self, hard, valid):
+        return {"sharp": self.labels.as_probabilities(hard)}
+
+    def student_losses(self, image, sharp):
+        own = self.labels.probabilities(self.logits(self.student, image))
+        yield {"sharp": Term((own - sharp).square().mean(), self.ramp())}
 """
 
 

@@ -5,16 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def probability_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of two probability maps over voxels and channels (Tarvainen and Valpola 2017).
-
-    Args:
-        student: (B, C, *) probabilities, float32.
-        teacher: The same shape; detached here.
-    """
-    return (student - teacher.detach()).square().mean()
-
-
 def masked_squared_distance(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Squared L2 distance over channels of two probability maps, averaged over the voxels of a mask (CoraNet, Eq. 8).
 

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The plain network inside DistributedDataParallel and torch.compile."""
-    if isinstance(network, DistributedDataParallel):
+    """The plain network inside DistributedDataParallel, torch.compile or a teacher."""
+    if isinstance(network, (DistributedDataParallel, EMATeacher)):
         network = network.module
     return network._orig_mod if isinstance(network, OptimizedModule) else network
 
@@ -44,9 +44,15 @@ class EMATeacher(nn.Module):
         self.warm_up = warm_up
         self._updates = 0
         self.module = copy.deepcopy(unwrap(student)).requires_grad_(False)
+        # In a tuple, so that the compiled network is not a second submodule.
+        self._run = (self.module,)
+
+    def compile_with(self, compiled) -> None:
+        """Run the network as ``compiled`` returns it, ``torch.compile`` say."""
+        self._run = (compiled(self.module),)
 
     def forward(self, x):
-        return self.module(x)
+        return self._run[0](x)
 
     def current_decay(self) -> float:
         """The a of the next update."""

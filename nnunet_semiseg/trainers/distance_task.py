@@ -56,6 +56,13 @@ class DistanceTask:
         *target, distance = target
         return (target if self.enable_deep_supervision else target[0]), distance
 
+    def targets(self, unlabeled):
+        """The tasks are each other's target."""
+        return {"valid": torch.ones_like(unlabeled.strong[:, :1], dtype=torch.bool)}
+
+    def targets_of_labels(self, hard, valid):
+        return {"valid": valid}
+
     def consistency(self, outputs, distances: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Cross-task error of a segmentation network's outputs and (B, K, *) distances over a (B, 1, *) bool mask."""
         masks = mask_of_distance(distances, self.options.steepness)

@@ -70,8 +70,12 @@ class RegionLearning:
         uncertain = above_percentile(entropy, self.options.percentile_labeled, valid)
         return uncertain, self.options.labeled_regions, self.options.alpha_labeled, valid
 
-    def _unlabeled_regions(self, labeling, valid):
-        entropy = self.labels.entropy(labeling)
-        uncertain = above_percentile(entropy, self.options.percentile_unlabeled, valid)
+    def uncertain_labels(self, labeling: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """(B, 1, *) bool: the uncertain region of pseudo labels that come from (B, C, *) logits."""
+        uncertain = above_percentile(self.labels.entropy(labeling), self.options.percentile_unlabeled, valid)
         self.monitor("uncertain_voxels", uncertain.sum() / valid.sum().clamp(min=1))
+        return uncertain
+
+    def _unlabeled_regions(self, labeling, valid):
+        uncertain = self.uncertain_labels(labeling, valid)
         return uncertain, self.options.unlabeled_regions, self.options.alpha_unlabeled, valid

@@ -1,40 +1,39 @@
 """What every semi-supervised trainer needs and no single method owns; here is all that a method imports of it.
 
-A method subclasses SemiSupervisedTrainer, TwoPhaseTrainer or TwoNetworkTrainer and states an ``Options`` dataclass,
-``build_companions()``, ``unsupervised_loss()`` and, where it differs from nnU-Net's, ``supervised_loss()``.
+A method subclasses SemiSupervisedTrainer and states an ``Options`` dataclass, whose bases ask for parts of the frame;
+how targets are made (``targets``); and how the student is held to them (``student_losses``).
 """
 
-from nnunet_semiseg.trainers.frame.hooks import (
-    BOTH,
-    SECOND,
-    STUDENT,
+from nnunet_semiseg.trainers.frame.hooks import BOTH, SECOND, STUDENT, Paper, Term, Unlabeled, Voxels
+from nnunet_semiseg.trainers.frame.options import (
+    MIXING,
     WHOLE_RUN,
     FrameOptions,
-    Paper,
+    PretrainingOptions,
+    PseudoLabelOptions,
     RampOptions,
-    Term,
-    Unlabeled,
+    SecondNetworkOptions,
+    TeacherOptions,
+    second_network_option,
 )
-from nnunet_semiseg.trainers.frame.mixing import MixingOptions
 from nnunet_semiseg.trainers.frame.trainer import SemiSupervisedTrainer
-from nnunet_semiseg.trainers.frame.two_networks import SecondNetworkOptions, TwoNetworkTrainer, second_network_option
-from nnunet_semiseg.trainers.frame.two_phases import PretrainingOptions, TwoPhaseTrainer
 
 __all__ = [
     "BOTH",
+    "MIXING",
     "SECOND",
     "STUDENT",
     "WHOLE_RUN",
     "FrameOptions",
-    "MixingOptions",
     "Paper",
     "PretrainingOptions",
+    "PseudoLabelOptions",
     "RampOptions",
     "SecondNetworkOptions",
     "SemiSupervisedTrainer",
+    "TeacherOptions",
     "Term",
-    "TwoNetworkTrainer",
-    "TwoPhaseTrainer",
     "Unlabeled",
+    "Voxels",
     "second_network_option",
 ]

@@ -40,6 +40,8 @@ class Checkpointing:
             "random": random_states,
             "non_finite_steps": self._non_finite_total,
             "trained_on": sorted(self.trained_on),
+            "schedule": self.schedule.state(),
+            "of_this_run": self.schedule.OF_THIS_RUN,
             "method": self.method_state(),
             "foreground_locations": self._foreground_state(),
         }
@@ -81,6 +83,8 @@ class Checkpointing:
         if len(state["random"]) == (dist.get_world_size() if self.is_ddp else 1):
             self._resumed_random_state = state["random"][self.local_rank]
         self._non_finite_total = state["non_finite_steps"]
+        # Before there was a schedule, its state was the method's.
+        self.schedule.load_state(state.get("schedule", state["method"]))
         self.load_method_state(state["method"])
         self._load_foreground_state(state["foreground_locations"])
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import autocast, nn
 
 from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmentationLoss
-from nnunet_semiseg.losses.ramps import ramp_up_between
 from nnunet_semiseg.networks.ema import EMATeacher
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.frame.settings import SeedOptions
-from nnunet_semiseg.trainers.options import build_options, option
+from nnunet_semiseg.trainers.frame.options import FrameOptions, PseudoLabelOptions, SecondNetworkOptions
+from nnunet_semiseg.trainers.options import build_options
 
 
 class Term(NamedTuple):
@@ -43,38 +41,17 @@ class Unlabeled(NamedTuple):
     strong: torch.Tensor
 
 
-@dataclass(frozen=True)
-class FrameOptions(SeedOptions):
-    """Options that every method has."""
-
-    unlabeled_foreground_sampling: float = option(
-        0.0, "probability of centering an unlabeled patch on predicted foreground", low=0.0, high=1.0
-    )
-    strong_view: str = option(
-        "nnunet",
-        "intensities of an unlabeled patch's strong view: those of the weak view, nnU-Net's augmentation, or on top of "
-        "it contrast, brightness, gamma, noise and blur for nearly every patch",
-        choices=("none", "nnunet", "strong"),
-    )
-    allow_absent_classes: bool = option(False, "train although a class is in no labeled training case")
-
-
-@dataclass(frozen=True)
-class RampOptions(FrameOptions):
-    """Options of methods whose unsupervised weight rises over the run."""
-
-    warm_up: float = option(0.1, "share of the run without unlabeled data, at the start", low=0.0, high=1.0)
-    ramp_up: float = option(
-        0.3, "share of the run over which the unsupervised weight rises, after warm-up", low=0.0, high=1.0
-    )
-
-
-# As in the papers: the weight rises over the whole run.
-WHOLE_RUN = dict(warm_up=0.0, ramp_up=1.0)
+# What belongs to the voxels of patches, by name: (B, any, *) each.
+Voxels = dict[str, torch.Tensor]
 
 
 class MethodHooks:
-    """Mixin: everything that a method overrides or calls."""
+    """Mixin: everything that a method overrides or calls.
+
+    A method says what it needs of the frame by what its ``Options`` descend from: a moving-average teacher
+    (TeacherOptions), a second network (SecondNetworkOptions), a schedule with a ramp (RampOptions) or with a first
+    phase on labels alone (PretrainingOptions), weights of pseudo labels (PseudoLabelOptions).
+    """
 
     Options = FrameOptions
     # Facts about a method, from which README, docs and benchmark are made.
@@ -90,11 +67,14 @@ class MethodHooks:
     terms: dict[str, tuple[str, ...]] = {"supervised": ("student",)}
     # The settings in a trainer's name with which its student trains as in nnU-Net, on labels alone.
     switched_off = ""
+    # Whether the teacher starts as a copy of the student when phase 2 does, and then averages with a constant decay;
+    # else it averages from the first step on.
+    teacher_starts_pretrained = False
 
     def build_companions(self) -> dict[str, nn.Module]:
         """Networks beside the student, by name; those with trainable parameters join the optimizer.
 
-        Called once after the student exists. A teacher is an EMATeacher under the name ``teacher``.
+        Called once, after the student and the networks that the frame makes, the teacher and the second network.
         """
         return {}
 
@@ -114,25 +94,64 @@ class MethodHooks:
 
     def uses_unlabeled(self) -> bool:
         """Whether this step has an unsupervised loss; a function of ``self.progress``, the same on all ranks."""
-        return self.needs_unlabeled() and self.ramp() > 0
+        return self.needs_unlabeled() and self.schedule.has_begun()
 
     def losses(self, data: torch.Tensor, target) -> Iterator[dict[str, Term]]:
         """The terms of a step, in groups with a backward pass each; names are unique in a step.
 
-        A method with another order of things (several networks, labeled and unlabeled data in one image) overrides
-        this instead of the three below.
+        ``target`` is as nnU-Net's loss takes it. A method with another order of things overrides this instead of the
+        hooks below.
         """
-        yield self.supervised_loss(data, target)
+        for network in range(len(self.students)):
+            yield self.supervised_loss(data, target, network)
         if self.uses_unlabeled():
-            yield self.unsupervised_loss(self.next_unlabeled())
+            yield from self.unsupervised_losses(self.next_unlabeled(), data, target)
 
-    def supervised_loss(self, data: torch.Tensor, target) -> dict[str, Term]:
-        """nnU-Net's loss on the labeled batch. ``target`` as nnU-Net's loss takes it."""
+    def supervised_loss(self, data: torch.Tensor, target, network: int = 0) -> dict[str, Term]:
+        """nnU-Net's loss of one of ``students`` on the labeled batch."""
+        outputs = self.labeled_outputs(data, target, network)
         with self.autocast():
-            return {"supervised": Term(self.loss(self.student(data), target))}
+            return {("supervised", "supervised_second")[network]: Term(self.loss(outputs, target))}
 
-    def unsupervised_loss(self, unlabeled: Unlabeled) -> dict[str, Term]:
-        """The method's terms on the unlabeled batch, computed in float32 outside autocast."""
+    def labeled_outputs(self, data: torch.Tensor, target, network: int = 0):
+        """Outputs of one of ``students`` on the labeled batch; the schedule sees what it finds."""
+        outputs = self.outputs(self.students[network], data)
+        self.schedule.see(outputs, full_resolution(target), network)
+        return outputs
+
+    def unsupervised_losses(self, unlabeled: Unlabeled, data=None, target=None) -> Iterator[dict[str, Term]]:
+        """Targets from the weak view; the student's view of the same voxels; and what holds the student to them.
+
+        Args:
+            unlabeled: The unlabeled batch.
+            data, target: The labeled one, of which ``mixing`` may take boxes.
+        """
+        own = {"image": self.student_input(unlabeled), **self.targets(unlabeled)}
+        yield from self.student_losses(**self.perturbed(own, self.labeled_voxels(data, target)))
+
+    def targets(self, unlabeled: Unlabeled) -> Voxels:
+        """What the student is to learn of unlabeled patches, from their weak view: labels, weights, masks.
+
+        Decorate it with ``torch.no_grad`` unless gradients are meant to flow through it.
+        """
+        return {}
+
+    def targets_of_labels(self, hard: torch.Tensor, valid: torch.Tensor) -> Voxels:
+        """The same of labeled patches, with the same names; a target that it leaves out is 0 there.
+
+        Args:
+            hard: Their labels as LabelAdapter's hard prediction, background where they are ignored.
+            valid: (B, 1, *) bool, False where they are ignored.
+        """
+        return {"hard": hard, "weight": valid}
+
+    def student_losses(self, image: torch.Tensor, **targets: torch.Tensor) -> Iterator[dict[str, Term]]:
+        """The terms on unlabeled patches, in groups with a backward pass each.
+
+        Args:
+            image: (B, C, *), mixed and turned by the frame if the options say so.
+            targets: What ``targets`` made, mixed and turned alike.
+        """
         raise NotImplementedError
 
     def next_unlabeled(self) -> Unlabeled:
@@ -143,6 +162,12 @@ class MethodHooks:
 
     def before_step(self) -> None:
         """Called before every training step."""
+        self.schedule.before_step()
+
+    def start_phase_2(self) -> None:
+        """Called once, before the first step with unlabeled data, by the schedule of PretrainingOptions."""
+        if self.teacher is not None and self.teacher_starts_pretrained:
+            self.teacher.copy_from(self.network)
 
     def after_step(self) -> None:
         """Called after every optimizer step, also one that the gradient scaler of mixed precision left out."""
@@ -161,9 +186,14 @@ class MethodHooks:
         """Called at the start of a training whose network has got weights by nnU-Net's ``-pretrained_weights``."""
         if self.teacher is not None:
             self.teacher.copy_from(self.network)
+        if self.has_second_network():
+            self._second.take_pretrained_weights(self.network)
 
     def method_state(self) -> dict:
-        """What a method has to remember over a restart beside its companions; plain Python values."""
+        """What a method has to remember over a restart beside its companions; plain Python values.
+
+        It is also kept when another training starts from this one's weights.
+        """
         return {}
 
     def load_method_state(self, state: dict) -> None:
@@ -171,15 +201,24 @@ class MethodHooks:
 
     def predicting(self) -> str:
         """Which of ``networks`` predicts: it is what the checkpoint's ``network_weights`` hold."""
-        return "student"
+        return getattr(self.options, "predict_with", "student")
+
+    def writes_second(self) -> bool:
+        """False for a setting of the method in which only one of the two networks learns."""
+        return True
+
+    @classmethod
+    def has_second_network(cls) -> bool:
+        """Whether a second student learns beside the first: a method asks for it with SecondNetworkOptions."""
+        return issubclass(cls.Options, SecondNetworkOptions)
 
     @property
     def progress(self) -> float:
         """Share of all training steps that is done, in [0, 1)."""
-        return self.global_step / self._total_steps
+        return self.global_step / self.total_steps
 
     @property
-    def _total_steps(self) -> int:
+    def total_steps(self) -> int:
         return self.num_epochs * self.num_iterations_per_epoch
 
     @property
@@ -188,12 +227,13 @@ class MethodHooks:
         return self.network.module if self.is_ddp else self.network
 
     @property
-    def trained_networks(self) -> tuple[nn.Module, ...]:
-        """The networks that learn to segment, as they are run: the student, and a second network beside it."""
-        return (self.student,)
+    def students(self) -> tuple:
+        """The networks that learn to segment, as they are run: the student, and a second one beside it."""
+        return (self.student,) if self.second is None else (self.student, self.second)
 
     @property
     def teacher(self) -> EMATeacher | None:
+        """The moving average of the student, if the method asks for one with TeacherOptions."""
         return dict(self.companions).get("teacher")
 
     @property
@@ -211,8 +251,8 @@ class MethodHooks:
         return self.networks[self.predicting()]
 
     def ramp(self) -> float:
-        """exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up`` of it; 0 before."""
-        return ramp_up_between(self.progress, self.options.warm_up, self.options.ramp_up)
+        """The share of its weight that an unsupervised term has now; see ``schedule``."""
+        return self.schedule.ramp()
 
     @property
     def class_names(self) -> list[str]:
@@ -220,26 +260,45 @@ class MethodHooks:
         names = {as_key(value): name for name, value in self.dataset_json["labels"].items()}
         return [names.get(as_key(label), str(label)) for label in self.labels.foreground_names]
 
-    def segmentation_loss(self) -> DeeplySupervised:
-        """nnU-Net's loss with a weight for every voxel, at every resolution that nnU-Net supervises."""
-        return self.deeply_supervised(WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice))
+    def segmentation_loss(self, ce_weight: float = 1.0, dice_weight: float = 1.0) -> DeeplySupervised:
+        """nnU-Net's loss with a weight for every voxel: of a network's outputs, a hard prediction and the weights.
+
+        It is taken at every resolution that nnU-Net supervises; with the option ``deep_pseudo=false``, at full
+        resolution only.
+        """
+        loss = WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice, ce_weight, dice_weight)
+        return self.deeply_supervised(loss)
 
     def deeply_supervised(self, loss) -> DeeplySupervised:
         """A loss of (logits, hard, weight) at every resolution that nnU-Net supervises, with nnU-Net's weights."""
-        return DeeplySupervised(loss, self.loss.weight_factors if self.enable_deep_supervision else (1.0,))
+        deep = self.enable_deep_supervision and getattr(self.options, "deep_pseudo", True)
+        return DeeplySupervised(loss, self.loss.weight_factors if deep else (1.0,))
 
     def student_input(self, unlabeled: Unlabeled) -> torch.Tensor:
-        """The view that the option ``student_view`` names."""
-        return unlabeled.strong if self.options.student_view == "strong" else unlabeled.weak
+        """The view that the option ``student_view`` names; strong if there is none."""
+        return unlabeled.weak if getattr(self.options, "student_view", "strong") == "weak" else unlabeled.strong
+
+    def confidence_weight(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, 1, *) weights of the pseudo labels that (B, C, *) logits make, by the options of PseudoLabelOptions."""
+        options: PseudoLabelOptions = self.options
+        if options.confidence == 0:
+            return torch.ones_like(logits[:, :1], dtype=torch.float32)
+        sure = self.labels.confidence(self.labels.probabilities(logits)) >= options.confidence
+        self.monitor("sure_voxels", sure.float().mean())
+        return torch.where(sure, 1.0, options.unsure_weight)
 
     def autocast(self):
         """nnU-Net's mixed precision: float16 on CUDA, nothing elsewhere."""
         return autocast(self.device.type) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def logits(self, network: nn.Module, data: torch.Tensor) -> torch.Tensor:
-        """Full-resolution (B, C, *) logits of a network."""
+    def outputs(self, network, data: torch.Tensor):
+        """What a student or a teacher answers, as nnU-Net's loss takes it: a list with deep supervision."""
         with self.autocast():
-            return full_resolution(network(data))
+            return network(data)
+
+    def logits(self, network, data: torch.Tensor) -> torch.Tensor:
+        """Full-resolution (B, C, *) logits of a student or a teacher."""
+        return full_resolution(self.outputs(network, data))
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)

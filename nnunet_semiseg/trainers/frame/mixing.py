@@ -2,60 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from nnunet_semiseg.losses.mixing import beta_side, random_cuboid
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.options import option
+from nnunet_semiseg.trainers.frame.hooks import Voxels
 
 # A box's share of the patch is drawn from Beta(4, 4).
 BETA = 4.0
 
 
-@dataclass(frozen=True)
-class MixingOptions:
-    """Options of methods whose targets are mixed and turned together with the image."""
-
-    mixing: str = option(
-        "none",
-        "where the box in each unlabeled patch comes from: other patches of these kinds",
-        choices=("none", "unlabeled", "labeled", "both"),
-    )
-    box: float = option(
-        0.0, "side of the box, as a share of the patch's; 0: drawn, half of the patch on average", low=0.0, high=1.0
-    )
-    turns: bool = option(False, "mirror and turn the student's patches by right angles, after they were labeled")
-
-
 class Mixing:
     """Mixin: one box and one turn for each step; nothing is interpolated, so targets stay exact."""
 
-    def perturbed(self, own: tuple, labeled: tuple) -> tuple:
-        """The student's view of unlabeled patches and of all that belongs to their voxels.
+    def perturbed(self, own: Voxels, labeled: Voxels) -> Voxels:
+        """The student's view of unlabeled patches and of all that belongs to their voxels, by the frame's options.
 
         Args:
-            own: (B, channels, *) images, then targets, weights and masks of the same voxels, each (B, any, *).
-            labeled: The same of the labeled batch.
+            own: ``image`` (B, C, *), and the targets, weights and masks of the same voxels, each (B, any, *).
+            labeled: The same of the labeled batch; what it lacks is 0.
 
         Returns:
             As ``own``; unchanged without ``mixing`` and ``turns``.
         """
         if self.options.turns:
-            turn = self._draw_turn(own[0].shape[2:])
-            own = tuple(turn(x) for x in own)
+            turn = self._draw_turn(own["image"].shape[2:])
+            own = {name: turn(x) for name, x in own.items()}
         if self.options.mixing == "none":
             return own
+        box = self.cuboid(own["image"])
+        if self.options.mixing == "copypaste":
+            return self.copy_paste(box, own, labeled, self.global_step % 2)
         with self.random_stream:
-            shape = own[0].shape[2:]
-            inside = random_cuboid(shape, self.options.box or beta_side(len(shape), BETA)).to(self.device)
-            partner = self._draw_partners(len(own[0]), len(labeled[0])).to(self.device)
-        return tuple(
-            torch.where(inside, torch.cat((mine, theirs.to(mine.dtype)))[partner], mine)
-            for mine, theirs in zip(own, labeled)
-        )
+            partner = self._draw_partners(len(own["image"]), len(labeled.get("image", ()))).to(self.device)
+        return {
+            name: torch.where(box, torch.cat((mine, _like(mine, labeled.get(name))))[partner], mine)
+            for name, mine in own.items()
+        }
+
+    @staticmethod
+    def copy_paste(box: torch.Tensor, own: Voxels, labeled: Voxels, direction: int) -> Voxels:
+        """Unlabeled patches pasted into labeled ones (direction 0: they are inside the box), or the reverse (1)."""
+        real = box if direction else ~box
+        return {name: torch.where(real, _like(mine, labeled.get(name)), mine) for name, mine in own.items()}
+
+    def cuboid(self, image: torch.Tensor) -> torch.Tensor:
+        """The box of this step, (1, 1, *) bool, True inside."""
+        shape = image.shape[2:]
+        with self.random_stream:
+            return random_cuboid(shape, self.options.box or beta_side(len(shape), BETA)).to(self.device)
+
+    def labeled_voxels(self, data: torch.Tensor, target) -> Voxels:
+        """A labeled batch as ``perturbed`` takes it; empty if nothing of it is used."""
+        if self.options.mixing in ("none", "unlabeled"):
+            return {}
+        return {"image": data, **self.targets_of_labels(*self.labels.without_ignored(full_resolution(target)))}
 
     def _draw_partners(self, unlabeled: int, labeled: int) -> torch.Tensor:
         """For each unlabeled patch the index of another one, or of a labeled one counted on from the unlabeled."""
@@ -89,6 +91,7 @@ class Mixing:
 
         return turn
 
-    def labeled_voxels(self, data: torch.Tensor, target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A labeled batch as ``perturbed`` takes it: images, hard labels, and a mask that is False where ignored."""
-        return data, *self.labels.without_ignored(full_resolution(target))
+
+def _like(mine: torch.Tensor, theirs: torch.Tensor | None) -> torch.Tensor:
+    """What belongs to labeled voxels, in the type of what belongs to unlabeled ones; 0 if there is nothing."""
+    return torch.zeros_like(mine) if theirs is None else theirs.to(mine.dtype)

@@ -27,8 +27,6 @@ class Settings:
     """Mixin in front of an nnU-Net trainer: its name sets nnU-Net's schedule attributes and a seed."""
 
     Options = SeedOptions
-    # What the trainer's name gets in the name of a second network's model folder.
-    SECOND_FOLDER = ""
     # Set by the class that a name with options makes (registry.find_trainer).
     chosen_options: dict = {}
     chosen_schedule: dict = {}
@@ -41,7 +39,7 @@ class Settings:
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ):
-        check_folder_name(type(self).__name__ + self.SECOND_FOLDER, plans["plans_name"], configuration)
+        check_folder_name(type(self).__name__ + self.folder_suffix(), plans["plans_name"], configuration)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
@@ -53,6 +51,11 @@ class Settings:
         self.options = build_options(self.Options, self.chosen_options)
         for name, value in self.chosen_schedule.items():
             setattr(self, name, value)
+
+    @classmethod
+    def folder_suffix(cls) -> str:
+        """What the trainer's name gets in the name of another model folder that it writes."""
+        return ""
 
     @property
     def seed_of_rank(self) -> int | None:

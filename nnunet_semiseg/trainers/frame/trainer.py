@@ -17,11 +17,15 @@ from torch import nn
 from nnunet_semiseg.data.randomness import RandomStream, set_global_state
 from nnunet_semiseg.data.splits import check_fold
 from nnunet_semiseg.labels import LabelAdapter
+from nnunet_semiseg.networks.ema import EMATeacher
 from nnunet_semiseg.trainers.frame.checkpointing import PREVIOUS, Checkpointing
 from nnunet_semiseg.trainers.frame.foreground import ForegroundSampling
 from nnunet_semiseg.trainers.frame.hooks import MethodHooks
 from nnunet_semiseg.trainers.frame.mixing import Mixing
 from nnunet_semiseg.trainers.frame.monitoring import Monitoring
+from nnunet_semiseg.trainers.frame.options import TeacherOptions
+from nnunet_semiseg.trainers.frame.schedule import schedule_of
+from nnunet_semiseg.trainers.frame.second_network import SUFFIX, SecondNetwork
 from nnunet_semiseg.trainers.frame.settings import Settings
 from nnunet_semiseg.trainers.frame.step import Step
 from nnunet_semiseg.trainers.frame.streams import Streams
@@ -32,9 +36,9 @@ class SemiSupervisedTrainer(
 ):
     """nnU-Net's trainer with a second, unlabeled stream.
 
-    A step runs the supervised loss on nnU-Net's labeled batch and, where the method asks for it, the unsupervised loss
-    on an unlabeled batch of the same size, in two backward passes whose gradients add up: peak memory stays that of
-    one batch. While ``uses_unlabeled`` is False, a step is nnU-Net's own, bit for bit.
+    A step runs the supervised loss on nnU-Net's labeled batch and, once the schedule has begun, the unsupervised losses
+    on an unlabeled batch of the same size, in backward passes whose gradients add up: peak memory stays that of one
+    batch. While ``uses_unlabeled`` is False, a step is nnU-Net's own, bit for bit.
     """
 
     def __init__(
@@ -54,6 +58,9 @@ class SemiSupervisedTrainer(
             self.device, self.grad_scaler = device, None
         self.labels = LabelAdapter(self.label_manager)
         self.companions = nn.ModuleDict()
+        # The second network as it is run, if there is one.
+        self.second = None
+        self.schedule = schedule_of(self)
         self.dataloader_unlabeled = None
         self.global_step = 0
         self.random_stream: RandomStream | None = None
@@ -80,9 +87,16 @@ class SemiSupervisedTrainer(
         super().initialize()
         self.random_stream = RandomStream(self.seed_of_rank)
         with self.random_stream:
-            self.companions = nn.ModuleDict(self.build_companions()).to(self.device)
-        if self.teacher is not None:
-            self.teacher_network = self.compiled(self.teacher.module)
+            if self.has_second_network():
+                self._second = SecondNetwork(self)
+                self.companions["second"] = self._second.module
+                self.second = self.compiled(self._second.module)
+            if isinstance(self.options, TeacherOptions) and (self.needs_unlabeled() or self.predicting() == "teacher"):
+                teacher = EMATeacher(self.network, self.options.ema_decay, warm_up=not self.teacher_starts_pretrained)
+                teacher.compile_with(self.compiled)
+                self.companions["teacher"] = teacher
+            self.companions.update(self.build_companions())
+            self.companions.to(self.device)
         trainable = [p for p in self.companions.parameters() if p.requires_grad]
         if trainable:
             self.optimizer.add_param_group({"params": trainable})
@@ -117,16 +131,28 @@ class SemiSupervisedTrainer(
         self.print_to_log_file(f"{self.__class__.__name__} options: {asdict(self.options)}", add_timestamp=False)
         self.print_to_log_file(f"The {self.predicting()} predicts: it is what checkpoints hold as network_weights.")
 
+    @classmethod
+    def folder_suffix(cls) -> str:
+        return SUFFIX if cls.has_second_network() else ""
+
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         self.companions.train()
         self.global_step = self.current_epoch * self.num_iterations_per_epoch
         self._epoch_sums = {}
+        self.schedule.start_epoch()
         if self.options.unlabeled_foreground_sampling and self.uses_unlabeled():
             self._refresh_foreground_locations()
 
+    def on_train_epoch_end(self, train_outputs):
+        self.schedule.end_epoch()
+        super().on_train_epoch_end(train_outputs)
+
     def on_train_end(self):
         super().on_train_end()
+        self.schedule.end()
+        if self.second is not None and self.local_rank == 0 and not self.disable_checkpointing and self.writes_second():
+            self._second.write()
         if self.local_rank == 0:
             (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)
         if isinstance(self.dataloader_unlabeled, MultiThreadedAugmenter):

@@ -7,15 +7,22 @@ from dataclasses import dataclass
 import torch
 
 from nnunet_semiseg.data.components import keep_largest_components
-from nnunet_semiseg.losses.mixing import random_cuboid
-from nnunet_semiseg.networks.ema import EMATeacher
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.frame import STUDENT, Paper, PretrainingOptions, Term, TwoPhaseTrainer
+from nnunet_semiseg.trainers.frame import (
+    MIXING,
+    STUDENT,
+    Paper,
+    PretrainingOptions,
+    SemiSupervisedTrainer,
+    TeacherOptions,
+    Term,
+)
 from nnunet_semiseg.trainers.options import option
 
 
 @dataclass(frozen=True)
-class BCPOptions(PretrainingOptions):
+class BCPOptions(TeacherOptions, PretrainingOptions):
+    mixing: str = option("copypaste", "where the cuboid in each unlabeled patch comes from", choices=MIXING)
     box: float = option(2 / 3, "side of the pasted cuboid, as a share of the patch's", low=0.0, high=1.0)
     pseudo_weight: float = option(0.5, "weight of pseudo-labeled voxels beside labeled ones", low=0.0)
     largest_component: bool = option(True, "keep only the largest component of each class in pseudo labels")
@@ -30,8 +37,6 @@ class BCPOptions(PretrainingOptions):
         0.33, "probability of centering an unlabeled patch on predicted foreground", low=0.0, high=1.0
     )
     student_view: str = option("strong", "the student's unlabeled input; labels: weak view", choices=("strong", "weak"))
-    ema_decay: float = option(0.99, "decay of the teacher, per step", low=0.0, high=1.0)
-    predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
     preset: str = option("default", "paper: its settings for ACDC", choices=("default", "paper"))
 
 
@@ -49,7 +54,7 @@ BCPOptions.PRESETS = {
 }
 
 
-class nnUNetTrainerBCP(TwoPhaseTrainer):
+class nnUNetTrainerBCP(SemiSupervisedTrainer):
     """Bidirectional copy-paste: labeled and unlabeled patches are pasted into each other, with their labels.
 
     M is 0 in a cuboid of 2/3 of every side at a random place, 1 outside; one for each step.
@@ -98,23 +103,18 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
         "view, Dice of the foreground classes"
     )
     labeled_by = "teacher"
-    terms = dict(supervised=STUDENT, mixed_out=STUDENT, mixed_in=STUDENT)
+    terms = dict(supervised=STUDENT, mixed=STUDENT)
     switched_off = "pretraining=1"
+    teacher_starts_pretrained = True
     Options = BCPOptions
     options: BCPOptions
 
     def build_companions(self):
         self.host_loss = self.segmentation_loss()
-        return {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=False)}
-
-    def predicting(self):
-        return self.options.predict_with
+        return {}
 
     def foreground_of(self, hard):
         return keep_largest_components(hard, self.labels) if self.options.largest_component else hard
-
-    def start_phase_2(self):
-        self.teacher.copy_from(self.network)
 
     def labeled_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """The loss on labeled voxels, those of the mask ``valid``."""
@@ -136,64 +136,55 @@ class nnUNetTrainerBCP(TwoPhaseTrainer):
         return self.options.origin_normalized
 
     def losses(self, data, target):
+        unlabeled = self.uses_unlabeled()
+        if self.options.unmixed or not unlabeled:
+            yield self.labeled_term(data, target, mixed=self.options.mix_pretraining and not unlabeled)
+        if unlabeled:
+            yield from self.unsupervised_losses(self.next_unlabeled(), data, target)
+
+    def labeled_term(self, data, target, mixed: bool) -> dict[str, Term]:
+        """The loss on labeled patches. Mixed, each is the background of one and the cuboid of another."""
         hard, valid = self.labels.without_ignored(full_resolution(target))
-        if not self.uses_unlabeled():
-            yield self.pretraining_loss(data, hard, valid)
-            return
-        if self.options.unmixed:
-            yield self.labeled_term(data, hard, valid, 0.5)
-        yield from self.mixed_losses(data, hard, valid)
-
-    def cuboid(self, data: torch.Tensor) -> torch.Tensor:
-        """(1, 1, *) bool, True inside."""
-        with self.random_stream:
-            return random_cuboid(data.shape[2:], self.options.box).to(data.device)
-
-    def labeled_term(self, data, hard, valid, weight: float = 1.0) -> dict[str, Term]:
-        """The loss on labeled patches."""
-        with self.autocast():
-            outputs = self.student(data)
-        if not self.knows_classes:
-            self.count_hard_recall(outputs, hard, valid)
-        return {"supervised": Term(self.labeled_loss(outputs, hard, valid), weight)}
-
-    def pretraining_loss(self, data, hard, valid) -> dict[str, Term]:
-        """Phase 1. Mixed, every sample is background of one patch and cuboid of another."""
-        if self.options.mix_pretraining:
+        if mixed:
             inside, shift = self.cuboid(data), (len(data) + 1) // 2
             data, hard, valid = (torch.where(inside, x.roll(shift, 0), x) for x in (data, hard, valid))
-        return self.labeled_term(data, hard, valid)
+        outputs = self.outputs(self.student, data)
+        self.schedule.see(outputs, hard, valid=valid)
+        weight = 0.5 if self.uses_unlabeled() else 1.0
+        return {"supervised": Term(self.labeled_loss(outputs, hard, valid), weight)}
 
     @torch.no_grad()
-    def pseudo_labels(self, weak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hard pseudo labels of the teacher, and its (B, C, *) logits."""
-        logits = self.logits(self.teacher_network, weak)
-        return self.foreground_of(self.labels.hard(logits)), logits
+    def targets(self, unlabeled):
+        logits = self.logits(self.teacher, unlabeled.weak)
+        hard = self.foreground_of(self.labels.hard(logits))
+        self.monitor("pseudo_foreground", self.labels.is_foreground(hard).float().mean())
+        nothing = torch.zeros_like(hard[:, :1], dtype=torch.bool)
+        return {"hard": hard, "labeling": logits, "labeled": nothing, "pseudo": ~nothing}
 
-    def mixed_losses(self, data, hard, valid):
-        """X_out, then X_in; if labeled patches have a pass of their own, one of the two."""
-        unlabeled = self.next_unlabeled()
-        pseudo, labeling = self.pseudo_labels(unlabeled.weak)
-        self.monitor("pseudo_foreground", self.labels.is_foreground(pseudo).float().mean())
-        image, inside = self.student_input(unlabeled), self.cuboid(data)
+    def targets_of_labels(self, hard, valid):
+        return {"hard": hard, "labeled": valid}
+
+    def unsupervised_losses(self, unlabeled, data=None, target=None):
+        if self.options.unmixed or self.options.mixing != "copypaste":
+            yield from super().unsupervised_losses(unlabeled, data, target)
+            return
+        own = {"image": self.student_input(unlabeled), **self.targets(unlabeled)}
+        labeled, inside = self.labeled_voxels(data, target), self.cuboid(data)
+        for direction, name in enumerate(("out", "in")):
+            # X_b is not pasted into the patch that was pasted into it.
+            rolled = {key: x.roll(direction, 0) for key, x in own.items()}
+            for group in self.student_losses(**self.copy_paste(inside, rolled, labeled, direction)):
+                yield {f"{term}_{name}": value for term, value in group.items()}
+
+    def student_losses(self, image, hard, labeling, labeled, pseudo):
+        """``labeled``, ``pseudo``: (B, 1, *) bool, the voxels of labels and of pseudo labels."""
+        outputs = self.outputs(self.student, image)
         weight = self.options.pseudo_weight * self.ramp()
-        directions = (("out", ~inside), ("in", inside))
-        if self.options.unmixed:
-            directions = (directions[self.global_step % 2],)
-        for i, (name, real) in enumerate(directions):
-            if i > 0:
-                # X_b is not pasted into the patch that was pasted into it.
-                image, pseudo, labeling = (x.roll(1, 0) for x in (image, pseudo, labeling))
-            mixed = torch.where(real, data, image)
-            with self.autocast():
-                outputs = self.student(mixed)
-            mixed_hard = torch.where(real, hard, pseudo)
-            pasted = (~real).expand_as(valid)
-            if self.is_origin_normalized():
-                yield {
-                    f"supervised_{name}": Term(self.labeled_loss(outputs, mixed_hard, valid & real), 0.5),
-                    f"pseudo_{name}": Term(self.pseudo_loss(outputs, mixed_hard, pasted, labeling), 0.5 * weight),
-                }
-            else:
-                weights = self.labeled_weights(outputs, valid & real) + weight * self.pseudo_weights(labeling, pasted)
-                yield {f"mixed_{name}": Term(self.host_loss(outputs, mixed_hard, weights), 0.5)}
+        if self.is_origin_normalized():
+            yield {
+                "mixed_labels": Term(self.labeled_loss(outputs, hard, labeled), 0.5),
+                "mixed_pseudo": Term(self.pseudo_loss(outputs, hard, pseudo, labeling), 0.5 * weight),
+            }
+        else:
+            weights = self.labeled_weights(outputs, labeled) + weight * self.pseudo_weights(labeling, pseudo)
+            yield {"mixed": Term(self.host_loss(outputs, hard, weights), 0.5)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +12,20 @@ from torch import nn
 
 from nnunet_semiseg.losses.consistency import masked_squared_distance
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce, cost_sensitive_dice
-from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
-from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce, small_deviation
+from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce
 from nnunet_semiseg.networks.ema import EMATeacher, unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
 from nnunet_semiseg.networks.heads import FeatureHead
-from nnunet_semiseg.trainers.frame import STUDENT, Paper, PretrainingOptions, Term, TwoPhaseTrainer
+from nnunet_semiseg.trainers.certainty import DROPOUT, LABEL_BY
+from nnunet_semiseg.trainers.frame import (
+    STUDENT,
+    Paper,
+    PretrainingOptions,
+    SemiSupervisedTrainer,
+    TeacherOptions,
+    Term,
+)
 from nnunet_semiseg.trainers.options import option
-
-# Table VI: a confidence above 0.8 (test-time augmentation, MC dropout) or a standard deviation below 0.001 is certain.
-CERTAIN_CONFIDENCE = 0.8
-CERTAIN_DEVIATION = 0.001
-DROPOUT = 0.5
 
 # Table IV: on which region self-training (C-SN) and mean teacher (UC-SN) work.
 SETTINGS = {
@@ -36,7 +39,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class CoraNetOptions(PretrainingOptions):
+class CoraNetOptions(TeacherOptions, PretrainingOptions):
     preset: str = option(
         "default",
         "paper: the printed settings; code: those of the published code",
@@ -51,7 +54,7 @@ class CoraNetOptions(PretrainingOptions):
     uncertainty: str = option(
         "cost",
         "what makes the mask: heads, test-time augmentation, MC dropout or aleatoric",
-        choices=("cost", "tta", "mcdropout", "aleatoric"),
+        choices=tuple(LABEL_BY),
     )
     passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
     head_gradient: float = option(
@@ -64,8 +67,7 @@ class CoraNetOptions(PretrainingOptions):
     all_heads: bool = option(False, "self-training and consistency on the two cost heads as well")
     relabel_every: int = option(50, "steps between two relabelings; also at the start of an epoch", low=1)
     label_reuse: int = option(5, "steps that train on a labeled patch before it is replaced", low=1)
-    ema_decay: float = option(0.99, "decay of the teacher, per step (beta in Eq. 9)", low=0.0, high=1.0)
-    predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
+    deep_pseudo: bool = option(False, "self-training at every resolution that nnU-Net supervises")
 
 
 CoraNetOptions.PRESETS = {
@@ -96,7 +98,16 @@ CoraNetOptions.PRESETS = {
 }
 
 
-class nnUNetTrainerCoraNet(TwoPhaseTrainer):
+class Relabeled(NamedTuple):
+    """An unlabeled batch of the pool: its views, the student's labels, and where they are certain, (B, 1, *) bool."""
+
+    weak: torch.Tensor
+    strong: torch.Tensor
+    hard: torch.Tensor
+    certain: torch.Tensor
+
+
+class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     """CoraNet on nnU-Net's U-Net (Inconsistency-aware Uncertainty Estimation, IEEE TMI 2021).
 
     Three branches share encoder and decoder: the plans' own segmentation layer (main), and two heads on the last
@@ -149,6 +160,7 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
         **dict.fromkeys(("conservative", "radical"), ("student", "heads")),
     )
     switched_off = "setting=seg_head_gradient=0"
+    teacher_starts_pretrained = True
     Options = CoraNetOptions
     options: CoraNetOptions
 
@@ -159,10 +171,8 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
         check_is_unet(unet)
         self._forward = self.compiled(forward_with_features)
         self._pool: list[dict] = []
-        self._certain_loss = WeightedSegmentationLoss(
-            self.labels, self.configuration_manager.batch_dice, dice_weight=self.options.pseudo_dice
-        )
-        companions = {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=False)}
+        self._certain_loss = self.segmentation_loss(dice_weight=self.options.pseudo_dice)
+        companions = {}
         names = {"cost": ("conservative", "radical"), "aleatoric": ("mean", "deviation")}
         heads = {
             name: FeatureHead(unet, self.labels.num_foreground) for name in names.get(self.options.uncertainty, ())
@@ -193,13 +203,10 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
             mean_teacher if self.options.consistency_weight > 0 else None,
         )
 
-    def predicting(self):
-        return self.options.predict_with
-
     def start_phase_2(self):
+        """Algorithm 1, line 3: the teacher starts from the pretrained student."""
+        super().start_phase_2()
         self._pool = []
-        # Algorithm 1, line 3: the teacher starts from the pretrained student.
-        self.teacher.copy_from(self.network)
         if self._trains_all_heads:
             self.companions["teacher_heads"].copy_from(self.companions["heads"])
 
@@ -214,18 +221,18 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
 
     # ------------------------------------------------------------------------------------------------------- CRM, Eq. 1
 
-    def supervised_loss(self, data, target):
+    def supervised_loss(self, data, target, network=0):
         with self.autocast():
             outputs, features = self._forward(unwrap(self.network), data, self._dropout)
             terms = {"supervised": Term(self.loss(outputs, target))}
             heads = self._run_heads(features)
         foreground, valid = self.labels.one_vs_rest(full_resolution(target))
-        if not self.knows_classes:
+        if not self.schedule.knows_classes:
             # What self-training would teach: labels that are certain.
             taught, _ = self.labels.one_vs_rest(self.labels.hard(full_resolution(outputs).detach()))
             if "conservative" in heads:
                 taught = taught * agreement(heads["conservative"], heads["radical"])
-            self.count_recall(taught, foreground * valid)
+            self.schedule.count(taught, foreground * valid)
         return terms | self._head_losses(heads, foreground, valid, "")
 
     def _run_heads(self, features: torch.Tensor, name: str = "heads") -> dict[str, torch.Tensor]:
@@ -274,105 +281,86 @@ class nnUNetTrainerCoraNet(TwoPhaseTrainer):
             self._pool = [self._labeled_batch() for _ in range(math.ceil(steps / o.label_reuse))]
         batch = self._pool[since % len(self._pool)]
         self._unlabeled_keys = batch["keys"]
-        return {key: self.to_device(value) for key, value in batch.items() if key != "keys"}
+        relabeled = Relabeled(*(self.to_device(batch[name]) for name in Relabeled._fields))
+        return relabeled if self.labels.has_regions else relabeled._replace(hard=relabeled.hard.long())
 
     @torch.no_grad()
     def _labeled_batch(self) -> dict:
         batch = self.draw_unlabeled()
-        hard, certain = getattr(self, f"_label_by_{self.options.uncertainty}")(self.to_device(batch["weak"]))
+        hard, certain = LABEL_BY[self.options.uncertainty](self, self.to_device(batch["weak"]))
         hard = hard if self.labels.has_regions else hard.to(torch.int16)
         return {**batch, "hard": hard.cpu(), "certain": certain.cpu()}
 
-    def _label_and_heads(self, data):
+    def label_and_heads(self, data: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The student's hard prediction, and the (B, K, *) logits of each head."""
         with self.autocast():
             outputs, features = self._forward(unwrap(self.network), data)
             return self.labels.hard(full_resolution(outputs)), self._run_heads(features)
 
-    def _label_by_cost(self, data):
-        hard, heads = self._label_and_heads(data)
-        return hard, agreement(heads["conservative"], heads["radical"])
-
-    def _label_by_aleatoric(self, data):
-        hard, heads = self._label_and_heads(data)
-        return hard, small_deviation(F.softplus(heads["deviation"].float()), CERTAIN_DEVIATION)
-
-    def _label_by_mcdropout(self, data):
-        probabilities = 0
-        for _ in range(self.options.passes):
-            with self.random_stream, self.autocast():
-                outputs, _ = self._forward(unwrap(self.network), data, DROPOUT)
-            probabilities = probabilities + self.labels.probabilities(full_resolution(outputs))
-        return self._label_by_mean(probabilities / self.options.passes)
-
-    def _label_by_tta(self, data):
-        """Mean over random flips and, in 2D, zooms by 0.8 to 1.1."""
-        probabilities = 0
-        for _ in range(self.options.passes):
-            with self.random_stream:
-                axes = [axis + 2 for axis in self.inference_allowed_mirroring_axes or () if torch.rand(()) < 0.5]
-                zoom = float(torch.empty(()).uniform_(0.8, 1.1)) if data.ndim == 4 else 1.0
-            p = self.labels.probabilities(self.logits(self.student, _zoomed(data.flip(axes), zoom)))
-            probabilities = probabilities + _zoomed(p, 1 / zoom).flip(axes)
-        return self._label_by_mean(probabilities / self.options.passes)
-
-    def _label_by_mean(self, probabilities):
-        # LabelAdapter.hard reads logits; for a mean of sigmoids the threshold is 0.5.
-        hard = self.labels.hard(probabilities - 0.5 if self.labels.has_regions else probabilities)
-        return hard, self.labels.confidence(probabilities) > CERTAIN_CONFIDENCE
+    def probabilities_with_dropout(self, data: torch.Tensor) -> torch.Tensor:
+        """(B, C, *) of one pass of the student."""
+        with self.autocast():
+            outputs, _ = self._forward(unwrap(self.network), data, DROPOUT)
+        return self.labels.probabilities(full_resolution(outputs))
 
     # --------------------------------------------------------------------------------------- C-SN and UC-SN, Eqs. 7, 8
 
-    def unsupervised_loss(self, unlabeled):
-        o = self.options
-        hard, certain = unlabeled["hard"], unlabeled["certain"]
-        hard = hard if self.labels.has_regions else hard.long()
-        masks = {"certain": certain, "uncertain": ~certain, "all": torch.ones_like(certain)}
-        self_training, mean_teacher = (masks.get(region) for region in self._regions)
+    @torch.no_grad()
+    def targets(self, unlabeled: Relabeled):
+        certain = unlabeled.certain
         self.monitor("certain_voxels", certain.float().mean())
-        self.monitor("pseudo_foreground", self.labels.is_foreground(hard).float().mean())
+        self.monitor("pseudo_foreground", self.labels.is_foreground(unlabeled.hard).float().mean())
+        targets = {"hard": unlabeled.hard, "certain": certain, "known": torch.ones_like(certain)}
+        if self._regions[1] is not None:
+            targets |= self._followed(unlabeled.weak)
+        return targets
 
+    def _followed(self, weak: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Probabilities of the teacher, and with ``all_heads`` those of its two heads."""
+        if not self._trains_all_heads:
+            return {"main": self.labels.probabilities(self.logits(self.teacher, weak))}
         with self.autocast():
-            if self._trains_all_heads or self._dropout:
-                outputs, features = self._forward(unwrap(self.network), unlabeled["strong"], self._dropout)
-                heads = self._run_heads(features) if self._trains_all_heads else {}
-            else:
-                outputs, heads = self.student(unlabeled["strong"]), {}
-        student = full_resolution(outputs)
+            outputs, features = self._forward(self.teacher.module, weak)
+            heads = self._run_heads(features, "teacher_heads")
+        followed = {"main": self.labels.probabilities(full_resolution(outputs))}
+        return followed | {name: logits.float().sigmoid() for name, logits in heads.items()}
 
+    def targets_of_labels(self, hard, valid):
+        foreground, _ = self.labels.one_vs_rest(hard)
+        branches = {"main": self.labels.as_probabilities(hard), "conservative": foreground, "radical": foreground}
+        return {"hard": hard, "certain": valid, "known": valid, **branches}
+
+    def student_losses(self, image, hard, certain, known, **followed):
+        """
+        Args:
+            certain, known: (B, 1, *) bool; False in ``known`` where a labeled patch's label is ignored.
+            followed: Probabilities that the branches follow on the uncertain region.
+        """
+        o, ramp = self.options, self.ramp()
+        masks = {"certain": certain, "uncertain": ~certain & known, "all": known}
+        self_training, mean_teacher = (masks.get(region) for region in self._regions)
+        if self._trains_all_heads or self._dropout:
+            with self.autocast():
+                outputs, features = self._forward(unwrap(self.network), image, self._dropout)
+                heads = self._run_heads(features) if self._trains_all_heads else {}
+        else:
+            outputs, heads = self.outputs(self.student, image), {}
         terms = {}
-        ramp = self.ramp()
         if self_training is not None:
-            terms["certain"] = Term(self._certain_loss(student, hard, self_training), o.certain_weight * ramp)
+            weight = o.certain_weight * ramp
+            terms["certain"] = Term(self._certain_loss(outputs, hard, self_training), weight)
             if heads:
                 foreground, valid = self.labels.one_vs_rest(hard)
-                weight = o.certain_weight * ramp
                 terms |= self._head_losses(heads, foreground, valid & self_training, "_certain", weight)
         if mean_teacher is not None:
-            consistency = self._consistency(student, heads, unlabeled["weak"], mean_teacher)
+            consistency = self._consistency(full_resolution(outputs), heads, followed, mean_teacher)
             terms["consistency"] = Term(consistency, o.consistency_weight * ramp)
-        return terms
+        yield terms
 
-    def _consistency(self, student: torch.Tensor, heads: dict, weak: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _consistency(self, student: torch.Tensor, heads: dict, followed: dict, mask: torch.Tensor) -> torch.Tensor:
         """Eq. 8, or its mean over the three branches with ``all_heads``."""
-        with torch.no_grad(), self.autocast():
-            if heads:
-                outputs, features = self._forward(self.teacher.module, weak)
-                teacher_heads = self._run_heads(features, "teacher_heads")
-            else:
-                outputs, teacher_heads = self.teacher_network(weak), {}
-        probabilities = self.labels.probabilities
-        distances = [masked_squared_distance(probabilities(student), probabilities(full_resolution(outputs)), mask)]
+        distances = [masked_squared_distance(self.labels.probabilities(student), followed["main"], mask)]
         for name, logits in heads.items():
             # The two channels of a binary problem differ by the same amount.
-            difference = masked_squared_distance(logits.float().sigmoid(), teacher_heads[name].float().sigmoid(), mask)
-            distances.append(2 * difference)
+            distances.append(2 * masked_squared_distance(logits.float().sigmoid(), followed[name], mask))
         return torch.stack(distances).mean()
-
-
-def _zoomed(image: torch.Tensor, zoom: float) -> torch.Tensor:
-    """(B, C, Y, X) zoomed about its center, on the same grid; border values continue outside."""
-    if zoom == 1.0:
-        return image
-    theta = torch.tensor([[1 / zoom, 0, 0], [0, 1 / zoom, 0]], device=image.device).expand(len(image), 2, 3)
-    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
-    return F.grid_sample(image.float(), grid, padding_mode="border", align_corners=False)

@@ -6,23 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 from nnunet_semiseg.trainers.frame import (
     SECOND,
     STUDENT,
-    MixingOptions,
     Paper,
     PretrainingOptions,
+    PseudoLabelOptions,
     SecondNetworkOptions,
+    SemiSupervisedTrainer,
     Term,
-    TwoNetworkTrainer,
-    TwoPhaseTrainer,
 )
 from nnunet_semiseg.trainers.options import option
 
 
 @dataclass(frozen=True)
-class CPSOptions(SecondNetworkOptions, MixingOptions, PretrainingOptions):
+class CPSOptions(SecondNetworkOptions, PseudoLabelOptions, PretrainingOptions):
     preset: str = option(
         "default",
         "paper: Dice alone and two architectures (the paper states no weight); code: weight 0.1 as well",
@@ -30,6 +28,7 @@ class CPSOptions(SecondNetworkOptions, MixingOptions, PretrainingOptions):
     )
     pseudo_weight: float = option(0.5, "largest weight of the loss on the other network's labels", low=0.0)
     pseudo_loss: str = option("both", "that loss", choices=("ce", "dice", "both"))
+    deep_pseudo: bool = option(False, "that loss at every resolution that nnU-Net supervises")
     student_view: str = option(
         "strong", "the input that is learned on; strong: labels from the weak view", choices=("strong", "weak")
     )
@@ -41,7 +40,7 @@ _PAPER = dict(
 CPSOptions.PRESETS = {"paper": _PAPER, "code": dict(_PAPER, pseudo_weight=0.1)}
 
 
-class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
+class nnUNetTrainerCPS(SemiSupervisedTrainer):
     """Cross pseudo supervision: two networks, each learns from the other's argmax on unlabeled patches.
 
     L = L_nnU-Net(A) + L_nnU-Net(B) + w(t) [l(A(x), argmax B(x)) + l(B(x), argmax A(x))]
@@ -56,8 +55,9 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
     * The cross terms begin when both networks find every class in labeled patches (``min_recall``): labels of networks
       that know background alone teach just that.
     * Unlabeled patches only, as in the medical implementations; the original also takes the labeled ones.
-    * With ``student_view=strong``, labels come from the weak view: two more forward passes without a gradient.
-      ``mixing`` and ``turns`` then change image and labels alike, as CutMix does in the original's experiments.
+    * Labels come from the weak view, in forward passes of their own; with ``student_view=weak``, the networks learn on
+      the same one. ``mixing`` and ``turns`` change image and labels alike, as CutMix does in the original's
+      experiments.
     * The code's unsupervised loss is Lovasz's, the paper's is Dice; the presets use Dice.
     * The paper's slice-position channel is not part of this trainer: nnU-Net's predictor does not tell a network where
       a slice lies.
@@ -79,18 +79,9 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
     options: CPSOptions
 
     def build_companions(self):
-        if self.options.student_view == "weak" and (self.options.mixing != "none" or self.options.turns):
-            raise ValueError(
-                "mixing and turns need labels from another view than the student's: use student_view=strong"
-            )
         part = self.options.pseudo_loss
-        self.pseudo_loss = WeightedSegmentationLoss(
-            self.labels,
-            self.configuration_manager.batch_dice,
-            ce_weight=float(part != "dice"),
-            dice_weight=float(part != "ce"),
-        )
-        return super().build_companions()
+        self.pseudo_loss = self.segmentation_loss(ce_weight=float(part != "dice"), dice_weight=float(part != "ce"))
+        return {}
 
     def pseudo_weight(self) -> float:
         """w(t)."""
@@ -99,30 +90,27 @@ class nnUNetTrainerCPS(TwoPhaseTrainer, TwoNetworkTrainer):
     def needs_unlabeled(self):
         return self.options.pseudo_weight > 0
 
-    def losses(self, data, target):
-        yield self.supervised_loss(data, target)
-        yield self.supervised_loss(data, target, network=1)
-        if self.uses_unlabeled():
-            yield from self.cross_losses(self.next_unlabeled(), self.labeled_voxels(data, target))
+    @torch.no_grad()
+    def targets(self, unlabeled):
+        first, second = (self.logits(network, unlabeled.weak) for network in self.students)
+        hard_first, hard_second = self.labels.hard(first), self.labels.hard(second)
+        self.monitor("disagreement", self.labels.differ(hard_first, hard_second).float().mean())
+        return {
+            "hard_first": hard_first,
+            "hard_second": hard_second,
+            "weight_first": self.confidence_weight(first),
+            "weight_second": self.confidence_weight(second),
+        }
 
-    def cross_losses(self, unlabeled, labeled=None):
-        """The two cross terms, a backward pass each. ``labeled``: what ``mixing`` may take from labeled patches."""
-        networks = self.trained_networks
-        if self.options.student_view == "strong":
-            with torch.no_grad():
-                hard = [self.labels.hard(self.logits(network, unlabeled.weak)) for network in networks]
-            self.monitor("disagreement", self.labels.differ(*hard).float().mean())
-            everywhere = torch.ones_like(hard[0][:, :1], dtype=torch.bool)
-            if labeled is not None:
-                data, labels, valid = labeled
-                labeled = data, labels, labels, valid
-            image, *hard, weight = self.perturbed((unlabeled.strong, *hard, everywhere), labeled)
-            # Lazily, so that one graph is in memory at a time.
-            learned = (self.logits(network, image) for network in networks)
-        else:
-            learned = [self.logits(network, unlabeled.weak) for network in networks]
-            hard = [self.labels.hard(logits.detach()) for logits in learned]
-            self.monitor("disagreement", self.labels.differ(*hard).float().mean())
-            weight = torch.ones_like(hard[0][:, :1], dtype=torch.bool)
-        for name, logits, target in zip(("cross_first", "cross_second"), learned, reversed(hard)):
-            yield {name: Term(self.pseudo_loss(logits, target, weight), self.pseudo_weight())}
+    def targets_of_labels(self, hard, valid):
+        return {"hard_first": hard, "hard_second": hard, "weight_first": valid, "weight_second": valid}
+
+    def student_losses(self, image, hard_first, hard_second, weight_first, weight_second):
+        """A group for each network, so that one graph is in memory at a time."""
+        first, second = self.students
+        for name, network, hard, weight in (
+            ("cross_first", first, hard_second, weight_second),
+            ("cross_second", second, hard_first, weight_first),
+        ):
+            loss = self.pseudo_loss(self.outputs(network, image), hard, weight)
+            yield {name: Term(loss, self.pseudo_weight())}

@@ -6,25 +6,31 @@ from dataclasses import dataclass
 
 import torch
 
-from nnunet_semiseg.networks.ema import EMATeacher
-from nnunet_semiseg.trainers.frame import STUDENT, MixingOptions, Paper, PretrainingOptions, Term, TwoPhaseTrainer
+from nnunet_semiseg.trainers.frame import (
+    MIXING,
+    STUDENT,
+    Paper,
+    PretrainingOptions,
+    PseudoLabelOptions,
+    SemiSupervisedTrainer,
+    TeacherOptions,
+    Term,
+)
 from nnunet_semiseg.trainers.options import option
 
 
 @dataclass(frozen=True)
-class CutMixOptions(MixingOptions, PretrainingOptions):
+class CutMixOptions(PseudoLabelOptions, TeacherOptions, PretrainingOptions):
     pretraining: float = option(0.1, "share of the run that trains on labeled data only", low=0.0, high=1.0)
     ramp_up: float = option(0.1, "share of the run over which the weight rises, after pretraining", low=0.0, high=1.0)
-    mixing: str = option("both", "the box's origin", choices=("none", "unlabeled", "labeled", "both"))
+    mixing: str = option("both", "the box's origin", choices=MIXING)
     strong_view: str = option("strong", "intensities of the student's view", choices=("none", "nnunet", "strong"))
     pseudo_weight: float = option(1.0, "weight of the loss on mixed patches", low=0.0)
     confidence: float = option(0.7, "probability from which a pseudo label has weight 1", low=0.0, high=1.0)
-    unsure_weight: float = option(0.3, "weight of the other pseudo labels", low=0.0, high=1.0)
-    ema_decay: float = option(0.99, "largest decay of the teacher, per step", low=0.0, high=1.0)
     predict_with: str = option("teacher", "the network that predicts", choices=("student", "teacher"))
 
 
-class nnUNetTrainerCutMix(TwoPhaseTrainer):
+class nnUNetTrainerCutMix(SemiSupervisedTrainer):
     """A moving average labels the weak view; the student learns the labels on a strong view with exchanged boxes.
 
     L = L_nnU-Net(labeled) + w(t) L_nnU-Net(student(mix(x_strong)), mix(argmax teacher(x_weak)), mix(c))
@@ -46,26 +52,16 @@ class nnUNetTrainerCutMix(TwoPhaseTrainer):
 
     def build_companions(self):
         self.pseudo_loss = self.segmentation_loss()
-        return {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=True)}
-
-    def predicting(self):
-        return self.options.predict_with
+        return {}
 
     def needs_unlabeled(self):
         return self.options.pseudo_weight > 0
 
-    def losses(self, data, target):
-        yield self.supervised_loss(data, target)
-        if self.uses_unlabeled():
-            yield self.mixed_loss(self.next_unlabeled(), self.labeled_voxels(data, target))
+    @torch.no_grad()
+    def targets(self, unlabeled):
+        logits = self.logits(self.teacher, unlabeled.weak)
+        return {"hard": self.labels.hard(logits), "weight": self.confidence_weight(logits)}
 
-    def mixed_loss(self, unlabeled, labeled):
-        with torch.no_grad():
-            logits = self.logits(self.teacher_network, unlabeled.weak)
-        sure = self.labels.confidence(self.labels.probabilities(logits)) >= self.options.confidence
-        self.monitor("sure_voxels", sure.float().mean())
-        weight = torch.where(sure, 1.0, self.options.unsure_weight)
-        image, hard, weight = self.perturbed((unlabeled.strong, self.labels.hard(logits), weight), labeled)
-        with self.autocast():
-            outputs = self.student(image)
-        return {"mixed": Term(self.pseudo_loss(outputs, hard, weight), self.options.pseudo_weight * self.ramp())}
+    def student_losses(self, image, hard, weight):
+        loss = self.pseudo_loss(self.outputs(self.student, image), hard, weight)
+        yield {"mixed": Term(loss, self.options.pseudo_weight * self.ramp())}

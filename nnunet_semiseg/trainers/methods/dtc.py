@@ -72,6 +72,10 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
     def needs_unlabeled(self):
         return self.options.consistency_weight > 0
 
+    def half_weight(self) -> float:
+        """lambda(t) / 2: the mean is over labeled and unlabeled patches, of which there are as many."""
+        return self.options.consistency_weight * self.ramp() / 2
+
     def both_tasks(self, data: torch.Tensor):
         """The network's outputs, and z (B, K, *)."""
         with self.autocast():
@@ -83,17 +87,16 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
         o = self.options
         target, distance = self.split_distance(target)
         _, valid = self.labels.without_ignored(full_resolution(target))
-        # The mean over labeled and unlabeled patches, of which there are as many.
-        weight = o.consistency_weight * self.ramp() / 2
         outputs, predicted = self.both_tasks(data)
         with self.autocast():
             terms = {"supervised": Term(self.loss(outputs, target))}
         if distance is not None:
             terms["distance"] = Term(distance_error(predicted, distance, valid), o.distance_weight)
         if self.uses_unlabeled():
-            terms["consistency_labeled"] = Term(self.consistency(outputs, predicted, valid), weight)
+            terms["consistency_labeled"] = Term(self.consistency(outputs, predicted, valid), self.half_weight())
         yield terms
         if self.uses_unlabeled():
-            image = self.next_unlabeled().strong
-            everywhere = torch.ones_like(image[:, :1], dtype=torch.bool)
-            yield {"consistency": Term(self.consistency(*self.both_tasks(image), everywhere), weight)}
+            yield from self.unsupervised_losses(self.next_unlabeled(), data, target)
+
+    def student_losses(self, image, valid):
+        yield {"consistency": Term(self.consistency(*self.both_tasks(image), valid), self.half_weight())}

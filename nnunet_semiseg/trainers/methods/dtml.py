@@ -18,8 +18,8 @@ from nnunet_semiseg.trainers.frame import (
     WHOLE_RUN,
     Paper,
     SecondNetworkOptions,
+    SemiSupervisedTrainer,
     Term,
-    TwoNetworkTrainer,
 )
 from nnunet_semiseg.trainers.options import option
 
@@ -51,7 +51,7 @@ DTMLOptions.PRESETS = {
 }
 
 
-class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
+class nnUNetTrainerDTML(DistanceTask, SemiSupervisedTrainer):
     """Two networks of the same plans learn from each other: M_s segments, M_d regresses signed distances.
 
     L = L_nnU-Net(M_s) + L_M_d + lambda(t) mean |p_s - sigmoid(-k z)|^2 over labeled and unlabeled patches
@@ -73,7 +73,7 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
       here (``preset=code``); for M_d, whose Dice counts whole in the code as well, that is twice the code's weight.
     * Distances are divided by a constant (``max_distance``), not by the patch's own maximum.
     * The output of M_d is -o, with a background channel that stays 0. Its argmax is the mask of z < 0, so that M_d is a
-      plain nnU-Net too (see TwoNetworkTrainer).
+      plain nnU-Net too.
     * z = tanh(o / k) where only the mask is learned, so that sigmoid(-k z) is about sigmoid(-o). With tanh(o) and
       k = 1500 hardly a voxel has a gradient after the first steps: the loss then stays where it is. So it is in the
       presets, too. Where distances are learned, z = tanh(o), and the segmentation layers start small.
@@ -100,7 +100,7 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
             raise ValueError(
                 "With setting=distance M_d predicts, so it has to be the network of the plans: leave second_network out"
             )
-        second = self.build_second()
+        second = self.companions["second"]
         check_is_unet(second)
         for layer in second.decoder.seg_layers:
             if self.needs_distance():
@@ -115,7 +115,7 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
             ddp=self.is_ddp,
         )
         self.mask_loss = self.deeply_supervised(self._mask_loss)
-        return {"second": second}
+        return {}
 
     def _mask_loss(self, logits, hard, valid):
         """Dice of M_d's (B, C, *) outputs; arguments as of WeightedSegmentationLoss."""
@@ -164,17 +164,18 @@ class nnUNetTrainerDTML(DistanceTask, TwoNetworkTrainer):
             if distance is not None:
                 terms["distance"] = Term(distance_error(self.distances(distances), distance, valid))
         weight = self.consistency_weight()
-        unlabeled = self.uses_unlabeled()
         if weight > 0:
             # The mean over labeled and unlabeled patches, of which there are as many.
-            weight = weight / 2 if unlabeled else weight
+            weight = weight / 2 if self.uses_unlabeled() else weight
             terms["consistency_labeled"] = Term(
                 self.consistency(segmentation, self.distances(distances), valid), weight
             )
         yield terms
-        if unlabeled:
-            image = self.next_unlabeled().strong
-            with self.autocast():
-                segmentation, distances = self.student(image), self.second(image)
-            everywhere = torch.ones_like(image[:, :1], dtype=torch.bool)
-            yield {"consistency": Term(self.consistency(segmentation, self.distances(distances), everywhere), weight)}
+        if self.uses_unlabeled():
+            yield from self.unsupervised_losses(self.next_unlabeled(), data, target)
+
+    def student_losses(self, image, valid):
+        with self.autocast():
+            segmentation, distances = self.student(image), self.second(image)
+        consistency = self.consistency(segmentation, self.distances(distances), valid)
+        yield {"consistency": Term(consistency, self.consistency_weight() / 2)}

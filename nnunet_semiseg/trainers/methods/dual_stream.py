@@ -15,7 +15,6 @@ from nnunet_semiseg.losses.prototypes import (
     prototype_contrast,
     sample_voxels,
 )
-from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
@@ -26,9 +25,8 @@ from nnunet_semiseg.trainers.frame import (
     Paper,
     PretrainingOptions,
     SecondNetworkOptions,
+    SemiSupervisedTrainer,
     Term,
-    TwoNetworkTrainer,
-    TwoPhaseTrainer,
     second_network_option,
 )
 from nnunet_semiseg.trainers.options import option
@@ -48,6 +46,7 @@ class DualStreamOptions(SecondNetworkOptions, PretrainingOptions):
     unreliable: float = option(2.0, "percentage of voxels, those of highest entropy", low=0.0, high=100.0)
     confidence: float = option(0.6, "both networks are this sure where their disagreement counts", low=0.0, high=1.0)
     prototype_momentum: float = option(0.0, "moving average of prototypes; 0: of the batch alone", low=0.0, high=0.999)
+    deep_pseudo: bool = option(False, "pseudo labels at every resolution that nnU-Net supervises")
     student_view: str = option(
         "strong", "the input that is learned on; pseudo labels are from the weak view", choices=("strong", "weak")
     )
@@ -74,7 +73,7 @@ DualStreamOptions.PRESETS = {
 }
 
 
-class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
+class nnUNetTrainerDualStream(SemiSupervisedTrainer):
     """Two networks of different architecture; the better one labels, both contrast uncertain voxels with prototypes.
 
     L = L_s(A) + L_s(B) + lambda_u(t) [l(A, y^) + l(B, y^)] + lambda_d(t) L_reg + lambda_c(t) [L_c(A) + L_c(B)]
@@ -110,7 +109,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
       labels where just one of the two networks is at least ``confidence`` sure of a foreground class. Each class has
       its own such voxels; the code has one.
     * The checkpoint predicts with A. The paper's prediction is the mean of both: ``nnUNetv2_ensemble``
-      computes it from the probabilities of A and B (see TwoNetworkTrainer).
+      computes it from the probabilities of A and B.
     """
 
     paper = Paper("Karimijafarbigloo et al. 2024, Eqs. 1-7", 2024)
@@ -134,20 +133,19 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
     options: DualStreamOptions
 
     def build_companions(self):
-        first, second = unwrap(self.network), self.build_second()
+        first, second = unwrap(self.network), self.companions["second"]
         for network in (first, second):
             check_is_unet(network)
         self._forwards = [self.compiled(forward_with_features) for _ in range(2)]
-        self.pseudo_loss = WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice)
+        self.pseudo_loss = self.segmentation_loss()
         # Exclusive labels are one problem of C classes, regions are R problems of two.
         problems, classes = (self.labels.num_outputs, 2) if self.labels.has_regions else (1, self.labels.num_outputs)
-        memories = {
+        return {
             f"prototypes_{name}": PrototypeMemory(
                 problems, classes, network.encoder.output_channels[0], self.options.prototype_momentum
             )
             for name, network in (("first", first), ("second", second))
         }
-        return {"second": second, **memories}
 
     def needs_unlabeled(self):
         o = self.options
@@ -163,7 +161,8 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         yield terms
         del outputs
         if self.uses_unlabeled():
-            yield self.unlabeled_terms(self.next_unlabeled(), self.winner(supervised))
+            self.labeler = self.winner(supervised)
+            yield from self.unsupervised_losses(self.next_unlabeled(), data, target)
 
     def winner(self, supervised: list[torch.Tensor]) -> int:
         """Index of the network with the lower supervised loss, the same on all ranks."""
@@ -190,39 +189,39 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
             for name, value in zip(("mistake_first", "mistake_second"), p)
         }
 
-    def unlabeled_terms(self, unlabeled, winner: int) -> dict[str, Term]:
-        """All terms on unlabeled patches; ``winner`` as ``winner()`` returns it."""
-        o = self.options
+    @torch.no_grad()
+    def targets(self, unlabeled):
+        labeling = self.logits(self.students[self.labeler], unlabeled.weak)
+        hard = self.labels.hard(labeling)
+        reliable = ~above_percentile(self.labels.entropy(labeling), 100 - self.options.unreliable)
+        foreground = self.labels.is_foreground(hard)
+        self.monitor("reliable_foreground", (foreground & reliable).sum() / foreground.sum().clamp(min=1))
+        return {"hard": hard, "reliable": reliable, "known": torch.ones_like(reliable)}
+
+    def targets_of_labels(self, hard, valid):
+        return {"hard": hard, "reliable": valid, "known": valid}
+
+    def student_losses(self, image, hard, reliable, known):
+        """``known``: (B, 1, *) bool, False where a labeled patch's label is ignored."""
+        o, ramp = self.options, self.ramp()
         networks = [unwrap(self.network), self.companions["second"]]
-        image = self.student_input(unlabeled)
         with self.autocast():
             results = [forward(network, image) for forward, network in zip(self._forwards, networks)]
         logits = [full_resolution(outputs) for outputs, _ in results]
-        if o.student_view == "strong":
-            with torch.no_grad():
-                labeling = self.logits(self.trained_networks[winner], unlabeled.weak)
-        else:
-            labeling = logits[winner].detach()
-        pseudo = self.labels.hard(labeling)
-        reliable = ~above_percentile(self.labels.entropy(labeling), 100 - o.unreliable)
-        foreground = self.labels.is_foreground(pseudo)
-        self.monitor("reliable_foreground", (foreground & reliable).sum() / foreground.sum().clamp(min=1))
-
         own = [self.labels.hard(value.detach()) for value in logits]
-        ramp = self.ramp()
         terms = {}
         if o.pseudo_weight > 0:
-            for index, (name, value) in enumerate(zip(("pseudo_first", "pseudo_second"), logits)):
-                if o.taught == "loser" and index == winner:
+            for index, (name, (outputs, _)) in enumerate(zip(("pseudo_first", "pseudo_second"), results)):
+                if o.taught == "loser" and index == self.labeler:
                     continue
-                terms[name] = Term(self.pseudo_loss(value, pseudo, reliable), o.pseudo_weight * ramp)
+                terms[name] = Term(self.pseudo_loss(outputs, hard, reliable), o.pseudo_weight * ramp)
         if o.disagreement_weight > 0:
             terms["disagreement"] = Term(self.disagreement(logits, own), o.disagreement_weight * ramp)
         if o.contrast_weight > 0:
-            for name, (_, features), hard in zip(("first", "second"), results, own):
-                contrast = self.contrast(name, features, pseudo, reliable, hard)
+            for name, (_, features), guessed in zip(("first", "second"), results, own):
+                contrast = self.contrast(name, features, hard, reliable, ~reliable & known, guessed)
                 terms[f"contrast_{name}"] = Term(contrast, o.contrast_weight * ramp)
-        return terms
+        yield terms
 
     def disagreement(self, logits: list[torch.Tensor], hard: list[torch.Tensor]) -> torch.Tensor:
         """L_reg, Eqs. 4 and 5, of both networks' (B, C, *) logits and their own hard predictions."""
@@ -232,14 +231,14 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
         self.monitor("confident_disagreement", mask.float().mean())
         return masked_mean((p[0] - p[1]).abs().mean(1, keepdim=True), mask)
 
-    def contrast(self, name: str, features, pseudo, reliable, own) -> torch.Tensor:
+    def contrast(self, name: str, features, pseudo, reliable, unreliable, own) -> torch.Tensor:
         """L_c of one network, Eq. 7.
 
         Args:
             name: "first" or "second".
             features: (B, F, *) of the decoder's last stage.
             pseudo: The winner's hard prediction, of which prototypes are made.
-            reliable: (B, 1, *) bool.
+            reliable, unreliable: (B, 1, *) bool.
             own: The network's own hard prediction, which says which prototype an unreliable voxel is drawn to.
         """
         memory = self.companions[f"prototypes_{name}"]
@@ -249,7 +248,7 @@ class nnUNetTrainerDualStream(TwoPhaseTrainer, TwoNetworkTrainer):
             taught, guessed = pseudo[:, problem].long(), own[:, problem].long()
             with self.random_stream:
                 sure = sample_voxels(taught, reliable[:, 0], classes, SAMPLED_VOXELS)
-                unsure = sample_voxels(guessed, ~reliable[:, 0], classes, SAMPLED_VOXELS)
+                unsure = sample_voxels(guessed, unreliable[:, 0], classes, SAMPLED_VOXELS)
             means, present = class_means(gather_features(features, sure), taught.flatten()[sure], classes)
             prototypes, known = memory(problem, means, present)
             vectors = gather_features(features, unsure)

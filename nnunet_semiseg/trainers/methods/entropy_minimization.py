@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnunet_semiseg.trainers.frame import STUDENT, Paper, RampOptions, SemiSupervisedTrainer, Term, Unlabeled
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, RampOptions, SemiSupervisedTrainer, Term
 from nnunet_semiseg.trainers.options import option
 
 
@@ -35,6 +35,9 @@ class nnUNetTrainerEntropyMinimization(SemiSupervisedTrainer):
     def needs_unlabeled(self):
         return self.options.entropy_weight > 0
 
-    def unsupervised_loss(self, unlabeled: Unlabeled):
-        entropy = self.labels.entropy(self.logits(self.student, unlabeled.strong))
-        return {"entropy": Term(entropy.mean() / self.labels.max_entropy, self.options.entropy_weight * self.ramp())}
+    def targets_of_labels(self, hard, valid):
+        return {}
+
+    def student_losses(self, image):
+        entropy = self.labels.entropy(self.logits(self.student, image))
+        yield {"entropy": Term(entropy.mean() / self.labels.max_entropy, self.options.entropy_weight * self.ramp())}

@@ -6,33 +6,29 @@ from dataclasses import dataclass
 
 import torch
 
-from nnunet_semiseg.losses.consistency import clamped_noise, probability_mse
-from nnunet_semiseg.networks.ema import EMATeacher
+from nnunet_semiseg.losses.consistency import clamped_noise, masked_squared_distance
 from nnunet_semiseg.trainers.frame import (
     STUDENT,
     WHOLE_RUN,
-    FrameOptions,
     Paper,
     RampOptions,
     SemiSupervisedTrainer,
+    TeacherOptions,
     Term,
-    Unlabeled,
 )
 from nnunet_semiseg.trainers.options import option
 
 
 @dataclass(frozen=True)
-class TeacherOptions(FrameOptions):
-    ema_decay: float = option(0.99, "largest decay of the teacher, per step", low=0.0, high=1.0)
+class NoisyTeacherOptions(TeacherOptions):
     noise: float = option(0.1, "SD of the noise on the teacher's input, in normalized intensities", low=0.0)
     student_view: str = option(
         "strong", "the student's input; the teacher's is the weak one", choices=("strong", "weak")
     )
-    predict_with: str = option("student", "the network that predicts", choices=("student", "teacher"))
 
 
 @dataclass(frozen=True)
-class MeanTeacherOptions(TeacherOptions, RampOptions):
+class MeanTeacherOptions(NoisyTeacherOptions, RampOptions):
     consistency_weight: float = option(1.0, "largest weight of the consistency term", low=0.0)
     preset: str = option("default", "paper: the baseline of the papers' tables", choices=("default", "paper"))
 
@@ -63,15 +59,7 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     terms = dict(supervised=STUDENT, consistency=STUDENT)
     switched_off = "consistency_weight=0"
     Options = MeanTeacherOptions
-    options: TeacherOptions
-
-    def build_companions(self):
-        if not self.needs_unlabeled() and self.options.predict_with == "student":
-            return {}
-        return {"teacher": EMATeacher(self.network, self.options.ema_decay, warm_up=True)}
-
-    def predicting(self):
-        return self.options.predict_with
+    options: NoisyTeacherOptions
 
     @property
     def largest_weight(self) -> float:
@@ -88,9 +76,18 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     def teacher_logits(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) of the teacher, on the weak view with noise."""
         with self.random_stream:
-            return self.logits(self.teacher_network, clamped_noise(weak, self.options.noise))
+            return self.logits(self.teacher, clamped_noise(weak, self.options.noise))
 
-    def unsupervised_loss(self, unlabeled: Unlabeled):
-        teacher = self.labels.probabilities(self.teacher_logits(unlabeled.weak))
-        student = self.labels.probabilities(self.logits(self.student, self.student_input(unlabeled)))
-        return {"consistency": Term(probability_mse(student, teacher), self.unsupervised_weight())}
+    @torch.no_grad()
+    def targets(self, unlabeled):
+        probabilities = self.labels.probabilities(self.teacher_logits(unlabeled.weak))
+        return {"probabilities": probabilities, "counts": torch.ones_like(probabilities[:, :1], dtype=torch.bool)}
+
+    def targets_of_labels(self, hard, valid):
+        return {"probabilities": self.labels.as_probabilities(hard), "counts": valid}
+
+    def student_losses(self, image, probabilities, counts):
+        """``counts``: (B, 1, *) bool, the voxels whose difference does."""
+        student = self.labels.probabilities(self.logits(self.student, image))
+        distance = masked_squared_distance(student, probabilities, counts) / self.labels.num_outputs
+        yield {"consistency": Term(distance, self.unsupervised_weight())}

@@ -8,14 +8,14 @@ import torch
 
 from nnunet_semiseg.losses.regions import NONE
 from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.frame import STUDENT, Paper, PretrainingOptions, Term, TwoPhaseTrainer, Unlabeled
-from nnunet_semiseg.trainers.methods.mean_teacher import TeacherOptions, nnUNetTrainerMeanTeacher
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, PretrainingOptions, Term
+from nnunet_semiseg.trainers.methods.mean_teacher import NoisyTeacherOptions, nnUNetTrainerMeanTeacher
 from nnunet_semiseg.trainers.options import option
 from nnunet_semiseg.trainers.region_learning import RegionLearning, RegionOptions
 
 
 @dataclass(frozen=True)
-class MeanTeacherBURLOptions(RegionOptions, TeacherOptions, PretrainingOptions):
+class MeanTeacherBURLOptions(RegionOptions, NoisyTeacherOptions, PretrainingOptions):
     pseudo_weight: float = option(0.5, "largest weight of the loss on pseudo labels", low=0.0)
     preset: str = option(
         "default", "paper: pseudo labels have weight 1 from the start, one view", choices=("default", "paper")
@@ -27,7 +27,7 @@ MeanTeacherBURLOptions.PRESETS = {
 }
 
 
-class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTrainerMeanTeacher):
+class nnUNetTrainerMeanTeacherBURL(RegionLearning, nnUNetTrainerMeanTeacher):
     """Mean Teacher with pseudo labels, weighted by certain and uncertain regions.
 
     L = L^l (Eq. 7, URL) + w(t) L^u (Eq. 8, CRL); L_seg is nnU-Net's Dice and cross-entropy, deep supervision included.
@@ -72,23 +72,28 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, TwoPhaseTrainer, nnUNetTraine
     def build_companions(self):
         self.host_loss = self.segmentation_loss()
         self.build_region_loss()
-        return super().build_companions()
+        return {}
 
     @property
     def largest_weight(self):
         return self.options.pseudo_weight
 
-    def supervised_loss(self, data, target):
+    def supervised_loss(self, data, target, network=0):
         if self.options.labeled_regions == NONE:
             return super().supervised_loss(data, target)
         outputs = self.labeled_outputs(data, target)
         return {"supervised": Term(self.labeled_loss(outputs, *self.labels.without_ignored(full_resolution(target))))}
 
-    def unsupervised_loss(self, unlabeled: Unlabeled):
+    @torch.no_grad()
+    def targets(self, unlabeled):
         teacher = self.teacher_logits(unlabeled.weak)
-        hard = self.labels.hard(teacher)
-        with self.autocast():
-            outputs = self.student(self.student_input(unlabeled))
-        everywhere = torch.ones_like(hard[:, :1], dtype=torch.bool)
-        loss = self.pseudo_loss(outputs, hard, everywhere, teacher)
-        return {"pseudo": Term(loss, self.unsupervised_weight())}
+        valid = torch.ones_like(teacher[:, :1], dtype=torch.bool)
+        return {"hard": self.labels.hard(teacher), "uncertain": self.uncertain_labels(teacher, valid), "valid": valid}
+
+    def targets_of_labels(self, hard, valid):
+        return {"hard": hard, "valid": valid}
+
+    def student_losses(self, image, hard, uncertain, valid):
+        outputs, o = self.outputs(self.student, image), self.options
+        loss = self.region_loss(outputs, hard, uncertain, o.unlabeled_regions, o.alpha_unlabeled, valid)
+        yield {"pseudo": Term(loss, self.unsupervised_weight())}

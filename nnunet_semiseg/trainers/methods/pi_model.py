@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnunet_semiseg.losses.consistency import clamped_noise
-from nnunet_semiseg.trainers.frame import STUDENT, Paper, RampOptions, SemiSupervisedTrainer, Term, Unlabeled
+import torch
+
+from nnunet_semiseg.losses.consistency import clamped_noise, masked_mean
+from nnunet_semiseg.trainers.frame import STUDENT, Paper, RampOptions, SemiSupervisedTrainer, Term
 from nnunet_semiseg.trainers.options import option
 
 
@@ -38,8 +40,17 @@ class nnUNetTrainerPiModel(SemiSupervisedTrainer):
     def needs_unlabeled(self):
         return self.options.consistency_weight > 0
 
-    def unsupervised_loss(self, unlabeled: Unlabeled):
+    def targets(self, unlabeled):
+        """With a gradient."""
         with self.random_stream:
             noisy = clamped_noise(unlabeled.weak, self.options.noise)
-        first, second = (self.labels.probabilities(self.logits(self.student, x)) for x in (unlabeled.strong, noisy))
-        return {"consistency": Term((first - second).square().mean(), self.options.consistency_weight * self.ramp())}
+        probabilities = self.labels.probabilities(self.logits(self.student, noisy))
+        return {"probabilities": probabilities, "counts": torch.ones_like(probabilities[:, :1], dtype=torch.bool)}
+
+    def targets_of_labels(self, hard, valid):
+        return {"probabilities": self.labels.as_probabilities(hard), "counts": valid}
+
+    def student_losses(self, image, probabilities, counts):
+        own = self.labels.probabilities(self.logits(self.student, image))
+        distance = masked_mean((own - probabilities).square().mean(1, keepdim=True), counts)
+        yield {"consistency": Term(distance, self.options.consistency_weight * self.ramp())}

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from nnunet_semiseg.losses.consistency import masked_squared_distance
 from nnunet_semiseg.losses.ramps import gaussian_ramp_up
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.ema import unwrap
-from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
-from nnunet_semiseg.trainers.frame import Paper, Term, Unlabeled
+from nnunet_semiseg.networks.features import check_is_unet, forward_with_features
+from nnunet_semiseg.trainers.frame import Paper
 from nnunet_semiseg.trainers.methods.mean_teacher import MeanTeacherOptions, nnUNetTrainerMeanTeacher
 from nnunet_semiseg.trainers.options import option
 
@@ -71,15 +70,12 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
             check_is_unet(self.network)
         return super().build_companions()
 
-    def _run(self, network, data):
-        """A network's outputs, with ``dropout``."""
+    def outputs(self, network, data):
+        """With ``dropout``."""
         if self.options.dropout == 0:
-            return network(data)
-        return forward_with_features(unwrap(network), data, self.options.dropout)[0]
-
-    def logits(self, network, data):
+            return super().outputs(network, data)
         with self.autocast():
-            return full_resolution(self._run(network, data))
+            return forward_with_features(unwrap(network), data, self.options.dropout)[0]
 
     def teacher_mean(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) mean probabilities over the stochastic passes."""
@@ -96,14 +92,9 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
         threshold = (0.75 + 0.25 * gaussian_ramp_up(self.progress)) * math.log(2)
         return entropy < threshold
 
-    def supervised_loss(self, data, target):
-        with self.autocast():
-            return {"supervised": Term(self.loss(self._run(self.student, data), target))}
-
-    def unsupervised_loss(self, unlabeled: Unlabeled):
+    @torch.no_grad()
+    def targets(self, unlabeled):
         teacher = self.teacher_mean(unlabeled.weak)
         certain = self.certain(teacher)
         self.monitor("certain_voxels", certain.float().mean())
-        student = self.labels.probabilities(self.logits(self.student, self.student_input(unlabeled)))
-        distance = masked_squared_distance(student, teacher, certain) / self.labels.num_outputs
-        return {"consistency": Term(distance, self.unsupervised_weight())}
+        return {"probabilities": teacher, "counts": certain}

@@ -1,0 +1,161 @@
+"""When unlabeled data take part in a training, and with what share of their weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from nnunet_semiseg.losses.ramps import ramp_up_between
+from nnunet_semiseg.networks.features import full_resolution
+from nnunet_semiseg.trainers.frame.options import PretrainingOptions, RampOptions
+
+
+def schedule_of(trainer) -> Schedule:
+    """The schedule that a trainer's options ask for."""
+    if isinstance(trainer.options, PretrainingOptions):
+        return TwoPhases(trainer)
+    return RampUp(trainer) if isinstance(trainer.options, RampOptions) else Schedule(trainer)
+
+
+class Schedule:
+    """Unlabeled data take part from the first step to the last, with their whole weight."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def ramp(self) -> float:
+        """In [0, 1]; the same on all ranks."""
+        return 1.0
+
+    def has_begun(self) -> bool:
+        """Whether this step has unlabeled data."""
+        return self.ramp() > 0
+
+    def see(self, outputs, target: torch.Tensor, network: int = 0, valid: torch.Tensor | None = None) -> None:
+        """Called with the outputs of one of the trainer's ``students`` on labeled patches.
+
+        Args:
+            target: nnU-Net's or a hard prediction, at full resolution.
+            valid: (B, 1, *) bool, the voxels that count; None: those whose label is not ignored.
+        """
+
+    def before_step(self) -> None:
+        """Called before every training step."""
+
+    def start_epoch(self) -> None: ...
+
+    def end_epoch(self) -> None: ...
+
+    def end(self) -> None:
+        """Called at the end of the training."""
+
+    def state(self) -> dict:
+        """What a training that is continued has to know; plain Python values."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Inverse of ``state``. What a training that starts from a finished one's weights has not got is missing."""
+
+    # The values of a state that hold for one training only.
+    OF_THIS_RUN = ()
+
+
+class RampUp(Schedule):
+    """exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up`` of it; 0 before."""
+
+    def ramp(self):
+        options = self.trainer.options
+        return ramp_up_between(self.trainer.progress, options.warm_up, options.ramp_up)
+
+
+class TwoPhases(Schedule):
+    """Labels alone until the students know every class, then unlabeled data with a weight that rises.
+
+    Phase 2 starts when ``pretraining`` of the run is done and every class is found in labeled patches with
+    ``min_recall`` by all students: pseudo labels of a network that does not find a class yet teach that there is none.
+    Recall is that of the last epoch; of a class which that epoch's patches lack, that of the last epoch with it.
+    """
+
+    OF_THIS_RUN = ("phase_2_start",)
+
+    def __init__(self, trainer):
+        super().__init__(trainer)
+        # Progress at the start of phase 2, once it has started.
+        self.phase_2_start: float | None = None
+        self.knows_classes = trainer.options.min_recall == 0 or not trainer.needs_unlabeled()
+        self.recall = dict.fromkeys(trainer.class_names, 0.0)
+        # Of each student and class: labeled voxels that it finds, and all of them.
+        self.counts = torch.zeros(
+            1 + trainer.has_second_network(), 2, trainer.labels.num_foreground, device=trainer.device
+        )
+
+    def has_begun(self):
+        trainer = self.trainer
+        enough = trainer.global_step >= math.ceil(trainer.options.pretraining * trainer.total_steps)
+        return self.knows_classes and enough
+
+    def ramp(self):
+        """From exp(-5) at the start of phase 2 to 1: SGD with momentum 0.99 takes a jump in the loss badly."""
+        return ramp_up_between(self.trainer.progress, self.phase_2_start, self.trainer.options.ramp_up)
+
+    def see(self, outputs, target, network=0, valid=None):
+        if self.knows_classes:
+            return
+        labels = self.trainer.labels
+        found, _ = labels.one_vs_rest(labels.hard(full_resolution(outputs).detach()))
+        foreground, known = labels.one_vs_rest(target)
+        self.count(found, foreground * (known if valid is None else valid), network)
+
+    @torch.no_grad()
+    def count(self, found: torch.Tensor, present: torch.Tensor, network: int = 0) -> None:
+        """Count the labeled voxels of each class, and those of them that one of the students finds.
+
+        Args:
+            found, present: (B, K, *) bool or float in {0, 1}.
+        """
+        axes = [0, *range(2, present.ndim)]
+        self.counts[network] += torch.stack(((found * present).sum(axes), present.sum(axes)))
+
+    def before_step(self):
+        if self.phase_2_start is None and self.trainer.uses_unlabeled():
+            self.phase_2_start = self.trainer.progress
+            self.trainer.start_phase_2()
+
+    def start_epoch(self):
+        self.counts.zero_()
+
+    def end_epoch(self):
+        if self.knows_classes:
+            return
+        trainer, min_recall = self.trainer, self.trainer.options.min_recall
+        if trainer.is_ddp:
+            dist.all_reduce(self.counts)
+        # All students see the same labels; the worst one counts.
+        for name, found, present in zip(trainer.class_names, *self.counts.amin(0).tolist()):
+            if present > 0:
+                self.recall[name] = found / present
+        recall = {name: value for name, value in self.recall.items() if name not in trainer.absent_classes}
+        self.knows_classes = all(value >= min_recall for value in recall.values())
+        if not self.knows_classes and trainer.progress >= trainer.options.pretraining:
+            listed = ", ".join(f"{name} {value:.3f}" for name, value in recall.items())
+            trainer.print_to_log_file(
+                f"Pretraining goes on: recall on labeled data is {listed}; min_recall is {min_recall}"
+            )
+
+    def end(self):
+        if self.phase_2_start is None and self.trainer.needs_unlabeled():
+            self.trainer.print_to_log_file(
+                "WARNING: This run never got beyond pretraining on labeled data"
+                + ("" if self.knows_classes else ", because a class was not learned well enough (see above)")
+                + ". Train longer, or lower "
+                + ("pretraining" if self.knows_classes else "min_recall")
+            )
+
+    def state(self):
+        return {"phase_2_start": self.phase_2_start, "knows_classes": self.knows_classes, "recall": self.recall}
+
+    def load_state(self, state):
+        self.phase_2_start, self.knows_classes = state.get("phase_2_start"), state["knows_classes"]
+        self.recall = dict(state["recall"])

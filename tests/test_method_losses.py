@@ -31,6 +31,7 @@ from nnunet_semiseg.losses.regions import RegionLoss
 from nnunet_semiseg.losses.uncertainty import above_percentile
 from nnunet_semiseg.networks.second import PLAIN, RESIDUAL, second_plans
 from nnunet_semiseg.trainers.frame import Unlabeled
+from nnunet_semiseg.trainers.methods.urpc import nnUNetTrainerURPC, pyramid_consistency
 from nnunet_semiseg.trainers.registry import TRAINERS
 
 BOTH_SHAPES = pytest.mark.parametrize("shape", SHAPES)
@@ -371,6 +372,56 @@ def test_entropy_minimization_literally(trainer_of, monkeypatch, shape, classes,
     total = sum(entropy(p, kind) for p in everywhere(output, kind).values())
     u_max = classes * math.log(2) if kind == "regions" else math.log(classes)
     assert float(term.value) == pytest.approx(total / x.numel() / u_max, rel=1e-4) and term.weight == 0.2
+
+
+# -------------------------------------------------------------------------------------------------------------- URPC
+
+
+@BOTH_SHAPES
+@CLASSES
+@KINDS
+def test_pyramid_consistency_literally(shape, classes, kind):
+    """Squares and divergences from the mean over three resolutions, voxel by voxel; of each region in two channels."""
+    logits = [2 * torch.randn(2, classes, *shape) for _ in range(3)]
+    trainer = SimpleNamespace(labels=labels_of(kind, classes))
+    log_p = torch.stack([nnUNetTrainerURPC.log_probabilities(trainer, x, shape) for x in logits])
+
+    def channels(p):
+        return [*p, *(1 - x for x in p)] if kind == "regions" else p
+
+    scales = [{place: channels(p) for place, p in everywhere(x, kind).items()} for x in logits]
+    total = 0.0
+    for p in scales:
+        numerator = denominator = divergences = 0.0
+        for place in p:
+            q = [sum(values) / 3 for values in zip(*(scale[place] for scale in scales))]
+            d = sum(y * math.log(y / x) for x, y in zip(p[place], q))
+            square = sum((x - y) ** 2 for x, y in zip(p[place], q)) / len(q)
+            numerator, denominator = numerator + square * math.exp(-d), denominator + math.exp(-d)
+            divergences += d
+        total += (numerator / denominator + divergences / len(p)) / 3
+    assert float(pyramid_consistency(log_p)) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_pyramid_consistency_of_equal_and_of_extreme_outputs(kind):
+    trainer = SimpleNamespace(labels=labels_of(kind, 3))
+    low = torch.randn(1, 3, 1, 1).expand(1, 3, 4, 4)
+    equal = torch.stack([nnUNetTrainerURPC.log_probabilities(trainer, x, (8, 8)) for x in (low, low[..., :2, :2])])
+    assert float(pyramid_consistency(equal)) == pytest.approx(0, abs=1e-6)
+    logits = torch.tensor([100.0, -100.0]).view(2, 1, 1, 1, 1).expand(2, 1, 3, 8, 8).clone()
+    logits[:, :, 1] *= -1
+    logits.requires_grad_()
+    value = pyramid_consistency(torch.stack([nnUNetTrainerURPC.log_probabilities(trainer, x, (8, 8)) for x in logits]))
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert torch.isfinite(value) and torch.isfinite(gradient).all()
+
+
+def test_urpc_needs_two_resolutions_that_are_trained(make_trainer, five_stages):
+    with pytest.raises(ValueError, match="nnUNetTrainerURPC needs 2 resolutions .* there are 1"):
+        make_trainer("nnUNetTrainerURPC", configuration="2d_3stages").initialize()
+    with pytest.raises(ValueError, match="Leave enable_deep_supervision on"):
+        make_trainer("nnUNetTrainerURPC_enable_deep_supervision=false").initialize()
 
 
 # ------------------------------------------------------------------------------------------------------------- UA-MT

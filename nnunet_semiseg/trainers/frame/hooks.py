@@ -67,6 +67,8 @@ class MethodHooks:
     terms: dict[str, tuple[str, ...]] = {"supervised": ("student",)}
     # The settings in a trainer's name with which its student trains as in nnU-Net, on labels alone.
     switched_off = ""
+    # So many resolutions of the decoder have to be trained by nnU-Net's deep supervision.
+    min_resolutions = 1
     # Whether the teacher starts as a copy of the student when phase 2 does, and then averages with a constant decay;
     # else it averages from the first step on.
     teacher_starts_pretrained = False
@@ -273,6 +275,14 @@ class MethodHooks:
         """A loss of (logits, hard, weight) at every resolution that nnU-Net supervises, with nnU-Net's weights."""
         deep = self.enable_deep_supervision and getattr(self.options, "deep_pseudo", True)
         return DeeplySupervised(loss, self.loss.weight_factors if deep else (1.0,))
+
+    @property
+    def trained_resolutions(self) -> list[int]:
+        """Indices of the network's outputs that nnU-Net's loss trains; it leaves the lowest resolution out."""
+        if not self.enable_deep_supervision:
+            return [0]
+        # On several ranks its weight is 1e-6 instead of 0.
+        return [i for i, weight in enumerate(self.loss.weight_factors) if weight > 1e-5]
 
     def student_input(self, unlabeled: Unlabeled) -> torch.Tensor:
         """The view that the option ``student_view`` names; strong if there is none."""

@@ -85,6 +85,13 @@ class SemiSupervisedTrainer(
 
     def initialize(self):
         super().initialize()
+        trained = len(self.trained_resolutions)
+        if trained < self.min_resolutions:
+            raise ValueError(
+                f"{type(self).__name__} needs {self.min_resolutions} resolutions that deep supervision trains; with "
+                f"{self.plans_manager.plans_name}, {self.configuration_name}, there are {trained}. Leave "
+                "enable_deep_supervision on, or use plans with more stages"
+            )
         self.random_stream = RandomStream(self.seed_of_rank)
         with self.random_stream:
             if self.has_second_network():

@@ -35,9 +35,6 @@ class nnUNetTrainerEntropyMinimization(SemiSupervisedTrainer):
     def needs_unlabeled(self):
         return self.options.entropy_weight > 0
 
-    def targets_of_labels(self, hard, valid):
-        return {}
-
     def student_losses(self, image):
         entropy = self.labels.entropy(self.logits(self.student, image))
         yield {"entropy": Term(entropy.mean() / self.labels.max_entropy, self.options.entropy_weight * self.ramp())}

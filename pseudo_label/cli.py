@@ -1,4 +1,4 @@
-"""The ``pseudo_label`` command: one sub-command is one module in ``commands``."""
+"""The ``pseudo_label`` command: one sub-command is one module."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import sys
 from nnunet_semiseg.cli import run_command
 
 COMMANDS = {
-    "score": "form the consensus of several models' predictions and score how well they agree",
-    "select": "decide by the scores which cases become training cases, and which a person should annotate",
-    "rounds": "train members, predict unlabeled cases, select, and train again on more",
-    "report": "write report.html and report.json of what rounds did",
+    "score": (
+        "pseudo_label.commands.score",
+        "form the consensus of several models' predictions and score how well they agree",
+    ),
+    "select": (
+        "pseudo_label.commands.select",
+        "decide by the scores which cases become training cases, and which a person should annotate",
+    ),
+    "rounds": (
+        "pseudo_label.commands.rounds",
+        "train members, predict unlabeled cases, select, and train again on more",
+    ),
+    "report": ("pseudo_label.commands.report", "write report.html and report.json of what rounds did"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_command(
-        "pseudo_label",
-        "Pseudo labels by consensus.",
-        "pseudo_label.commands",
-        COMMANDS,
-        sys.argv[1:] if arguments is None else arguments,
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return run_command("pseudo_label", "Pseudo labels by consensus.", COMMANDS, arguments)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import SimpleITK as sitk
 from conftest import REPOSITORY, make_case, write_image
 
 from dataset_conversion import Dataset999_generic
+from dataset_conversion import convert as command
 from dataset_conversion.common import Case, Download, _put
 from nnunet_semiseg import cli
-from nnunet_semiseg.commands import convert as command
 from nnunet_semiseg.datasets import Dataset
 from nnunet_semiseg.segmentations import find_files
 

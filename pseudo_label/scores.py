@@ -32,7 +32,7 @@ from nnunet_semiseg.segmentations import (
 from pseudo_label.consensus import count_components, mean_probabilities, staple, tally
 
 CONSENSUS = ("mean", "majority", "staple")
-METRICS = ("dice", "iou")
+AGREEMENT = ("dice", "iou")
 BOTH_EMPTY = ("skip", "one")
 # What a run leaves in its folder, in the order in which --overwrite removes it: without cases.csv the folder is
 # not finished, and a case without its file is not done.

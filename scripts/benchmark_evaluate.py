@@ -24,8 +24,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import binary_erosion, correlate, distance_transform_edt
 
-from nnunet_semiseg.commands.evaluate import TOLERANCE, evaluate_case
-from nnunet_semiseg.metrics import METRICS, Rules, distance_metrics, element_areas, overlap
+from nnunet_semiseg.evaluation.cases import evaluate_case
+from nnunet_semiseg.evaluation.metrics import METRICS, TOLERANCE, Rules, distance_metrics, element_areas, overlap
 from nnunet_semiseg.segmentations import Classes
 
 SPACING = (1.5, 0.8, 0.8)

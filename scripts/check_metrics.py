@@ -20,7 +20,7 @@ from medpy.metric import binary as medpy
 from monai import metrics as monai
 from tqdm import tqdm
 
-from nnunet_semiseg.metrics import METRICS, Rules, case_metrics
+from nnunet_semiseg.evaluation.metrics import METRICS, Rules, case_metrics
 from nnunet_semiseg.segmentations import Classes, find_files, read_labels
 
 
@@ -54,7 +54,7 @@ def _monai(prediction, truth, spacing, tolerance):
     masks = [torch.from_numpy(mask)[None, None] for mask in (prediction, truth)]
     options = dict(include_background=True, spacing=list(spacing))
     confusion = monai.get_confusion_matrix(*(mask.float() for mask in masks))
-    names = {"Precision": "precision", "Recall": "recall", "CSI": "critical success index"}
+    names = {"Precision": "precision", "Recall": "recall"}
     values = {
         **{ours: monai.compute_confusion_matrix_metric(name, confusion) for ours, name in names.items()},
         "Dice": monai.compute_dice(*masks),

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import ASCII, LABELS, make_case, write_image
-from scipy.stats import rankdata, wilcoxon
+from test_statistics import slow_wilcoxon
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.commands.compare import MEAN, _decide, cases_needed, holm, paired_test, short_names, signed_rank_p
-from nnunet_semiseg.commands.evaluate import COUNTS, parse_labels, tolerances
-from nnunet_semiseg.metrics import DISTANCES, METRICS, Rules, case_metrics
+from nnunet_semiseg.commands.compare import short_names
+from nnunet_semiseg.commands.evaluate import parse_labels, tolerances
+from nnunet_semiseg.evaluation import cases as evaluation_cases
+from nnunet_semiseg.evaluation.cases import COUNTS
+from nnunet_semiseg.evaluation.comparison import MEAN
+from nnunet_semiseg.evaluation.metrics import DISTANCES, METRICS, Rules, case_metrics
 from nnunet_semiseg.segmentations import Classes
 
 SPACING = (0.8, 1.0, 3.0)
@@ -291,6 +294,21 @@ def test_other_options_do_not_continue_an_unfinished_evaluation(folders, capsys)
     assert evaluate(folders, "--unit", "voxel") == 0 and read(folders[1]) == mixed
 
 
+def test_a_version_with_other_metrics_does_not_continue_an_unfinished_evaluation(folders, capsys, monkeypatch):
+    good = (folders[1] / "b.nii.gz").read_bytes()
+    (folders[1] / "b.nii.gz").write_bytes(b"")
+    with monkeypatch.context() as other_version:
+        other_version.setattr(evaluation_cases, "METRICS", (*METRICS, "CSI"))
+        fails(capsys, folders)
+    (part,) = (folders[1] / "evaluation.unfinished").glob("a.json")
+    content = json.loads(part.read_text())
+    content["record"]["metrics"]["ball"]["CSI"] = 0.5
+    part.write_text(json.dumps(content))
+    (folders[1] / "b.nii.gz").write_bytes(good)
+    assert evaluate(folders) == 0
+    assert "CSI" not in (folders[1] / "evaluation.json").read_text()
+
+
 def test_4d_label_maps_are_refused(tmp_path, capsys):
     series = sitk.JoinSeries([sitk.GetImageFromArray(make_case(i)[1]) for i in range(2)])
     for name in ("truth", "prediction"):
@@ -425,6 +443,19 @@ def test_comparison_of_real_evaluations(folders, tmp_path, capsys):
     assert min(pixels.shape[:2]) > 300 and pixels.std() > 0
 
 
+def test_evaluations_of_the_version_that_had_csi_beside_jaccard_are_compared(models, tmp_path):
+    folders = models([1, 2])
+
+    def with_csi(content):
+        for record in content["metric_per_case"]:
+            for values in record["metrics"].values():
+                values["CSI"] = values["Jaccard"]
+
+    spoiled(folders[0], with_csi)
+    assert compare(folders, tmp_path, "--metrics", "Jaccard", "Dice") == 0
+    assert [row["metric"] for row in rows_of(tmp_path)[::3]] == ["Jaccard", "Dice"]
+
+
 def test_verdicts(models, tmp_path, capsys):
     # As few cases as 18 tests need.
     folders = models([2, 1, 2.001, 4], cases=10)
@@ -477,92 +508,6 @@ def test_patients_are_compared_by_the_means_of_their_cases(models, tmp_path, cap
     assert compare(folders, tmp_path) == 0 and "Each case counts as a patient of its own" in capsys.readouterr().out
     assert compare(folders, tmp_path, "--patient", "x") == 1
     assert "--patient x matches nothing in case p0_0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "others, verdict",
-    [
-        # 20 cases of which 4 differ: no p below 2 / 2^4.
-        ([np.r_[np.zeros(16), np.ones(4)]], "too few cases"),
-        # All the same is no lack of cases, unless there are few.
-        ([np.zeros(20)], "no difference shown"),
-        ([np.zeros(3)], "too few cases"),
-        ([np.full(3, np.nan)], "too few cases"),
-        # Holm multiplies the second p by 1 only, so that 6 cases suffice, although 7 are needed for the smallest of 2.
-        ([np.ones(6), np.ones(20)], "worse"),
-    ],
-)
-def test_verdicts_by_the_cases_that_differ(others, verdict):
-    tests = [paired_test("a", "b", "HD", "x", np.zeros(len(b)), b) for b in others]
-    _decide(tests)
-    assert tests[0].verdict == verdict
-
-
-def slow_wilcoxon(differences):
-    """Two-sided p: the share of all assignments of signs whose rank sum is as far from its mean or farther."""
-    differences = [d for d in differences if d != 0]
-    ranks = rankdata(np.abs(differences))
-    mean = ranks.sum() / 2
-    found = abs(sum(r for r, d in zip(ranks, differences) if d > 0) - mean)
-    sums = [sum(r for r, sign in zip(ranks, signs) if sign) for signs in itertools.product((0, 1), repeat=len(ranks))]
-    return sum(abs(s - mean) >= found - 1e-9 for s in sums) / len(sums)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_paired_test_equals_the_definition(seed):
-    random = np.random.RandomState(seed)
-    a, b = random.rand(2, 17)
-    b += 0.2
-    a[0] = np.nan
-    b[1] = np.nan
-    b[2] = a[2]
-    test = paired_test("first", "other", "Dice", "x", a, b)
-    pairs = [(x, y) for x, y in zip(a, b) if not (np.isnan(x) or np.isnan(y))]
-    assert (test.pairs, test.left_out) == (15, 2)
-    assert test.p == pytest.approx(slow_wilcoxon([y - x for x, y in pairs]))
-    assert test.first_mean == pytest.approx(np.mean([x for x, _ in pairs]))
-    assert test.difference == pytest.approx(np.mean([y - x for x, y in pairs]))
-    assert test.low < test.difference < test.high and test.sign == 1
-    assert paired_test("other", "first", "Dice", "x", b, a).p == test.p
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_p_is_exact_with_ties(seed):
-    differences = np.random.RandomState(seed).choice([-2, -1, 1, 2, 3], 13)
-    assert signed_rank_p(differences) == pytest.approx(slow_wilcoxon(differences))
-
-
-@pytest.mark.parametrize("cases", [20, 50, 51])
-def test_p_equals_that_of_scipy_without_ties(cases):
-    differences = np.random.RandomState(cases).normal(0.3, 1, cases)
-    assert signed_rank_p(differences) == pytest.approx(wilcoxon(differences).pvalue)
-
-
-def test_equal_models_and_classes_without_pairs():
-    values = np.random.RandomState(0).rand(6)
-    same = paired_test("a", "b", "Dice", "x", values, values)
-    assert (same.p, same.sign, same.difference) == (1, 0, 0)
-    none = paired_test("a", "b", "Dice", "x", np.full(3, np.nan), np.arange(3.0))
-    assert (none.p, none.pairs, none.left_out) == (1, 0, 3) and np.isnan(none.difference)
-
-
-def test_holm_equals_the_definition():
-    p = [0.04, 0.001, 0.03, 0.9, 0.03]
-    # In ascending order, the i-th of m is multiplied by m - i + 1, and is never below the one before.
-    order, largest, expected = sorted(range(5), key=lambda i: p[i]), 0.0, [0.0] * 5
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, p[i] * (5 - rank)))
-        expected[i] = largest
-    assert holm(p) == pytest.approx(expected) and holm(p) == pytest.approx([0.12, 0.005, 0.12, 0.9, 0.12])
-
-
-@pytest.mark.parametrize("tests", [1, 2, 6, 40])
-def test_cases_needed_is_the_least_number_that_can_be_significant(tests):
-    needed = cases_needed(tests)
-    smallest = [tests * slow_wilcoxon(range(1, n + 1)) for n in (needed - 1, needed)] if needed < 14 else None
-    if smallest:
-        assert smallest[0] > 0.05 >= smallest[1]
-    assert tests * 2 / 2**needed <= 0.05 < tests * 2 / 2 ** (needed - 1)
 
 
 def test_names_are_what_differs_in_the_paths():

@@ -1,35 +1,40 @@
 """Metrics equal their definitions, read literally, and what other libraries compute with the same definitions."""
 
+import importlib
 import math
 import sys
 
 import numpy as np
 import pytest
-import scipy.stats
 from conftest import REPOSITORY, write_image
 from scipy.ndimage import gaussian_filter
 
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import check_metrics  # noqa: E402
-
-from nnunet_semiseg.metrics import (  # noqa: E402
+from nnunet_semiseg.evaluation.metrics import (
     DISTANCES,
     METRICS,
     OVERLAP,
     Rules,
-    bootstrap_means,
     case_metrics,
     distance_metrics,
     overlap,
-    summarize,
     surface_dice,
     surface_distances,
     surface_voxels,
 )
-from nnunet_semiseg.segmentations import Classes  # noqa: E402
+from nnunet_semiseg.segmentations import Classes
 
+LIBRARIES = ("medpy", "monai", "surface_distance")
 SHAPE = (9, 13, 11)
 ANISOTROPIC = (5.0, 1.3, 0.7)
+
+
+@pytest.fixture
+def check_metrics(monkeypatch):
+    """The script of this name, which imports all of LIBRARIES."""
+    for library in LIBRARIES:
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    return importlib.import_module("check_metrics")
 
 
 def ball(shape, center, radius):
@@ -81,7 +86,7 @@ def ours(prediction, truth, spacing, tolerance):
     [(SHAPE, (1, 1, 1), 1), (SHAPE, ANISOTROPIC, 1.5), (SHAPE[:2], ANISOTROPIC[1:], 1.0)],
     ids=["isotropic", "anisotropic", "2D"],
 )
-def test_metrics_equal_those_of_other_libraries(name, shape, spacing, tolerance):
+def test_metrics_equal_those_of_other_libraries(check_metrics, name, shape, spacing, tolerance):
     prediction, truth = pairs(shape)[name]
     result = ours(prediction, truth, spacing, tolerance)
     compared = []
@@ -91,18 +96,18 @@ def test_metrics_equal_those_of_other_libraries(name, shape, spacing, tolerance)
         for metric, value in values.items():
             assert result[metric] == pytest.approx(value, rel=tolerance_of, abs=tolerance_of), (library, metric)
             compared.append(metric)
-    # Two independent implementations of each; of the critical success index, there is the test below.
-    assert all(compared.count(metric) >= 2 for metric in METRICS if metric != "CSI")
+    # Two independent implementations of each.
+    assert all(compared.count(metric) >= 2 for metric in METRICS)
 
 
 @pytest.mark.parametrize("value, ours", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, None)])
-def test_a_value_that_is_none_is_no_agreement(value, ours):
+def test_a_value_that_is_none_is_no_agreement(check_metrics, value, ours):
     with pytest.raises(SystemExit, match="HD of MedPy is"):
         check_metrics.difference(value, ours, "HD of MedPy")
     assert check_metrics.difference(1.5, 1.0, "HD of MedPy") == 0.5
 
 
-def test_check_names_a_prediction_without_ground_truth(tmp_path, monkeypatch):
+def test_check_names_a_prediction_without_ground_truth(check_metrics, tmp_path, monkeypatch):
     for file in ("truth/a.nii.gz", "prediction/a.nii.gz", "prediction/b.nii.gz"):
         write_image(blob(SHAPE, 1).astype(np.uint8), tmp_path / file)
     (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "x": 1}}')
@@ -168,8 +173,8 @@ def test_overlap_equals_the_definitions():
     assert (result["n_ref"], result["n_pred"]) == (tp + fn, tp + fp)
     assert result["Dice"] == pytest.approx(2 * tp / (tp + fp + tp + fn))
     assert result["Precision"] == pytest.approx(tp / (tp + fp)) and result["Recall"] == pytest.approx(tp / (tp + fn))
-    # Not the recall, which CoraNet's paper prints.
-    assert result["CSI"] == result["Jaccard"] == pytest.approx(tp / (tp + fp + fn)) != result["Recall"]
+    # Not the recall, whose formula CoraNet's paper prints for it.
+    assert result["Jaccard"] == pytest.approx(tp / (tp + fp + fn)) != result["Recall"]
     assert {name: result[name] for name in OVERLAP} == overlap(tp, fp, fn)
 
 
@@ -290,52 +295,3 @@ def test_a_class_enclosed_by_ignored_voxels_has_no_distance():
     truth[6:8, 3:5, 3:5], prediction[6, 3, 3] = 0, 1
     result = case_metrics(truth, prediction, (1, 1, 1), IGNORING, Rules((1.0,)))["a"]
     assert result["Recall"] == 1 and all(result[metric] is None for metric in (*DISTANCES, "NSD"))
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
-def test_summary_equals_the_definitions():
-    values = np.random.RandomState(0).rand(12, 2, 3)
-    values[:4, 1] = np.nan
-    summary = summarize(values)
-    for metric in range(3):
-        means = []
-        for k, column in enumerate((values[:, 0, metric], values[4:, 1, metric])):
-            mean = sum(column) / len(column)
-            assert summary.mean[k, metric] == pytest.approx(mean)
-            assert summary.sd[k, metric] == pytest.approx(math.sqrt(sum((column - mean) ** 2) / (len(column) - 1)))
-            assert summary.cases[k, metric] == len(column)
-            means.append(mean)
-        # The mean of the classes' means, and not that of the cases' means, which differs where values are left out.
-        assert summary.mean[2, metric] == pytest.approx(sum(means) / 2)
-        of_cases = [np.mean([v for v in case[:, metric] if not np.isnan(v)]) for case in values]
-        assert summary.sd[2, metric] == pytest.approx(np.std(of_cases, ddof=1))
-        assert summary.cases[2, metric] == 12
-
-
-def test_interval_equals_that_of_scipy():
-    values = np.random.RandomState(3).gamma(2, size=40)
-    expected = scipy.stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile").confidence_interval
-    summary = summarize(values[:, None, None])
-    width = expected.high - expected.low
-    assert summary.low[0, 0] == pytest.approx(expected.low, abs=0.05 * width)
-    assert summary.high[0, 0] == pytest.approx(expected.high, abs=0.05 * width)
-
-
-def test_bootstrap_draws_whole_cases():
-    # The second value of each case is the first plus one: in every draw, so are the means.
-    first = np.random.RandomState(0).rand(9)
-    means = bootstrap_means(np.stack((first, first + 1), axis=1))
-    assert np.allclose(means[:, 1] - means[:, 0], 1) and means[:, 0].std() > 0
-    # Two cases: a quarter of the draws is one of them twice.
-    share = (bootstrap_means(np.array([0.0, 1.0])) == 0).mean()
-    assert share == pytest.approx(0.25, abs=0.03)
-
-
-def test_summary_of_left_out_classes_and_of_one_case():
-    summary = summarize(np.array([[[0.5], [np.nan]], [[0.7], [np.nan]]]))
-    assert np.isnan(summary.mean[1, 0]) and summary.cases[:, 0].tolist() == [2, 0, 2]
-    assert summary.mean[2, 0] == pytest.approx(0.6)
-    alone = summarize(np.array([[[0.5]]]))
-    assert alone.mean[0, 0] == 0.5 and np.isnan([alone.sd[0, 0], alone.low[0, 0], alone.high[0, 0]]).all()

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name, dataset_reader
-from nnunet_semiseg.files import read_json, write_csv, write_json
-from nnunet_semiseg.metrics import METRICS, Rules, Summary, case_metrics, summarize
-from nnunet_semiseg.parallel import add_processes_argument, over_cases
-from nnunet_semiseg.segmentations import (
-    Classes,
-    find_files,
-    find_reader,
-    geometry_difference,
-    patients_of,
-    read_labels,
-    version,
-)
-
-TOLERANCE = 2.0
-COUNTS = ("TP", "FP", "FN", "n_ref", "n_pred")
+from nnunet_semiseg.evaluation.cases import RESULTS, TABLE, evaluate_files, write_results
+from nnunet_semiseg.evaluation.metrics import METRICS, TOLERANCE, Rules
+from nnunet_semiseg.evaluation.statistics import Summary
+from nnunet_semiseg.files import read_json
+from nnunet_semiseg.markdown import table
+from nnunet_semiseg.parallel import add_processes_argument
+from nnunet_semiseg.segmentations import Classes, find_files, find_reader, patients_of
 
 
 def add_arguments(parser):
@@ -72,36 +61,21 @@ def run(args) -> int:
     files = _pairs(find_files(args.g, ending), find_files(args.p, ending), args)
     patients = patients_of(files, args.patient) if args.patient else None
     output = Path(args.o or args.p)
-    # One file for each finished case, so that a second call of the command continues.
-    unfinished = output / "evaluation.unfinished"
-    unfinished.mkdir(parents=True, exist_ok=True)
-    jobs, records = {}, {}
-    for case, pair in files.items():
-        key = json.dumps([_described(classes, rules), reader and reader.__name__, *map(version, pair)])
-        part = unfinished / f"{case}.json"
-        records[case] = _finished(part, key)
-        if records[case] is None:
-            jobs[case] = (case, *pair, classes, rules, part, key, reader)
-    if jobs:
-        # If a case fails now, nobody takes the results of an earlier call for these.
-        for result in ("evaluation.csv", "evaluation.json"):
-            (output / result).unlink(missing_ok=True)
-    done, failures = over_cases(evaluate_case, jobs, args.np, "Evaluating", done=len(files) - len(jobs))
+    records, failures = evaluate_files(files, classes, rules, output, args.np, reader)
     if failures:
         print("\n".join(failures), file=sys.stderr)
         print(
-            f"{len(failures)} of {len(files)} cases could not be evaluated (above), so evaluation.csv is not written. "
+            f"{len(failures)} of {len(files)} cases could not be evaluated (above), so {TABLE} is not written. "
             "Fix these and run the command again: the others are kept.",
             file=sys.stderr,
         )
         return 1
-    records |= done
-    for warning in dict.fromkeys(warning for record in records.values() for warning in record.pop("warnings")):
+    for warning in dict.fromkeys(warning for record in records for warning in record["warnings"]):
         print(f"Warning: {warning}", file=sys.stderr)
-    summary = _write(output, args, list(records.values()), classes, rules, patients)
-    shutil.rmtree(unfinished)
-    print(page(list(records.values()), summary, classes, rules))
-    print(f"\nWritten to {output / 'evaluation.csv'} and {output / 'evaluation.json'}")
+    settings = {"ground_truth": str(args.g), "prediction": str(args.p), "patient": args.patient}
+    summary = write_results(output, records, classes, rules, patients, settings)
+    print(page(records, summary, classes, rules))
+    print(f"\nWritten to {output / TABLE} and {output / RESULTS}")
     return 0
 
 
@@ -198,117 +172,6 @@ def _pairs(truths: dict[str, Path], predictions: dict[str, Path], args) -> dict[
     return {case: (truths[case], predictions[case]) for case in predictions}
 
 
-def _described(classes: Classes, rules: Rules) -> dict:
-    """What results depend on, apart from the files."""
-    return {
-        "labels": dict(zip(classes.names, classes.values)),
-        "ignore": classes.ignore,
-        **asdict(rules),
-        "tolerances": dict(zip(classes.names, rules.tolerances)),
-    }
-
-
-def _finished(part: Path, key: str) -> dict | None:
-    """The record of a case that an earlier call finished, if nothing changed since."""
-    try:
-        content = read_json(part)
-        return content["record"] if content["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def evaluate_case(
-    case: str,
-    truth_file: Path,
-    prediction_file: Path,
-    classes: Classes,
-    rules: Rules,
-    part: Path,
-    key: str,
-    reader: type | None = None,
-) -> dict:
-    """Evaluate one case, write its record to ``part``, and return it.
-
-    Args:
-        reader: nnU-Net's; None for that of the files' ending.
-
-    Raises:
-        CaseError: naming the file that is damaged or has unknown labels, or the two that do not fit.
-    """
-    truth, geometry = read_labels(truth_file, classes.known, reader)
-    prediction, predicted = read_labels(prediction_file, classes.known, reader)
-    if np.squeeze(truth).ndim > 3:
-        raise CaseError(f"{truth_file} is {truth.ndim}D. Split it into one file for each time point")
-    difference = geometry_difference(geometry, predicted)
-    if difference:
-        raise CaseError(
-            f"{truth_file} and {prediction_file} have different geometry: {difference}. Predict the image that the "
-            "ground truth belongs to, or resample the prediction to it"
-        )
-    record = {
-        "case": case,
-        "reference_file": str(truth_file),
-        "prediction_file": str(prediction_file),
-        "spacing": geometry.spacing,
-        "metrics": case_metrics(truth, prediction, geometry.spacing, classes, rules),
-        "warnings": [g.warning for g in (geometry, predicted) if g.warning],
-    }
-    write_json(part, {"key": key, "record": record})
-    return record
-
-
-def _write(output: Path, args, records: list[dict], classes: Classes, rules: Rules, patients) -> Summary:
-    """evaluation.csv and evaluation.json."""
-    values = np.array(
-        [[[record["metrics"][name][m] for m in METRICS] for name in classes.names] for record in records], dtype=float
-    )
-    summary = summarize(values, patients)
-    tolerance = dict(zip(classes.names, rules.tolerances))
-    write_csv(
-        output / "evaluation.csv",
-        ["case", "class", *COUNTS, *METRICS, "NSD_tolerance_mm", "distance_unit"],
-        (
-            [r["case"], name, *(r["metrics"][name][m] for m in (*COUNTS, *METRICS)), tolerance[name], rules.unit]
-            for r in records
-            for name in classes.names
-        ),
-    )
-
-    def number(array: np.ndarray, *index: int) -> float | None:
-        return None if np.isnan(array[index]) else float(array[index])
-
-    statistics = {
-        name: {
-            metric: {
-                "mean": number(summary.mean, row, column),
-                "sd": number(summary.sd, row, column),
-                "ci95": [number(summary.low, row, column), number(summary.high, row, column)],
-                "cases": int(summary.cases[row, column]),
-            }
-            for column, metric in enumerate(METRICS)
-        }
-        for row, name in enumerate((*classes.names, "foreground_mean"))
-    }
-    mean = {name: {metric: s["mean"] for metric, s in by_metric.items()} for name, by_metric in statistics.items()}
-    write_json(
-        output / "evaluation.json",
-        {
-            "settings": {
-                "ground_truth": str(args.g),
-                "prediction": str(args.p),
-                "patient": args.patient,
-                **_described(classes, rules),
-            },
-            # As in nnU-Net's summary.json.
-            "foreground_mean": mean.pop("foreground_mean"),
-            "mean": mean,
-            "summary": statistics,
-            "metric_per_case": records,
-        },
-    )
-    return summary
-
-
 def page(records: list[dict], summary: Summary, classes: Classes, rules: Rules) -> str:
     """The tables of means, and what one has to know to read them, as markdown."""
     rows = (*classes.names, "mean") if len(classes.names) > 1 else classes.names
@@ -362,10 +225,3 @@ def page(records: list[dict], summary: Summary, classes: Classes, rules: Rules) 
             f"{name}: in {present.count(k)} case(s) {meaning}." for k, meaning in meanings.items() if k in present
         ]
     return "\n\n".join([*tables, "\n".join(notes)])
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown whose columns are aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths)) + " |" for line in lines)

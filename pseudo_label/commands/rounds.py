@@ -11,7 +11,7 @@ from nnunet_semiseg.segmentations import Classes
 from pseudo_label.commands.select import add_rules, read_rules
 from pseudo_label.executors import LocalExecutor, SlurmExecutor
 from pseudo_label.rounds import Rounds, Settings
-from pseudo_label.scores import CONSENSUS, METRICS
+from pseudo_label.scores import AGREEMENT, CONSENSUS
 from pseudo_label.selection import Rules
 
 # Where no rule is given.
@@ -28,7 +28,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--rounds", type=int, default=2, help="how often the labeled set grows (default %(default)s)")
     parser.add_argument("--consensus", choices=CONSENSUS, help="as for pseudo_label score (default: mean)")
-    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of the score (default %(default)s)")
+    parser.add_argument("--metric", choices=AGREEMENT, default=AGREEMENT[0], help="of the score (default %(default)s)")
     parser.add_argument("--per-slice", action="store_true", help="average the score over slices")
     add_rules(
         parser, f"a case has to fulfill --presence and all that are given; without any: --threshold {DEFAULT_THRESHOLD}"

@@ -9,7 +9,7 @@ from nnunet_semiseg.datasets import Dataset, dataset_name, dataset_reader
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.parallel import add_processes_argument
 from nnunet_semiseg.segmentations import Classes, find_reader
-from pseudo_label.scores import BOTH_EMPTY, CONSENSUS, METRICS, find_labels, score_members
+from pseudo_label.scores import AGREEMENT, BOTH_EMPTY, CONSENSUS, find_labels, score_members
 
 
 def add_arguments(parser):
@@ -53,7 +53,7 @@ def add_arguments(parser):
         "else majority)",
     )
     parser.add_argument("--per-slice", action="store_true", help="average over slices (default: the whole volume)")
-    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="default %(default)s")
+    parser.add_argument("--metric", choices=AGREEMENT, default=AGREEMENT[0], help="default %(default)s")
     parser.add_argument(
         "--both-empty",
         choices=BOTH_EMPTY,

@@ -1,4 +1,4 @@
-"""How well label maps agree with the ground truth: overlap and surface distances of each class, and their means.
+"""How well label maps agree with the ground truth: overlap and surface distances of each class.
 
 Surfaces are defined in two ways, because the metrics are:
 
@@ -13,8 +13,6 @@ surface where the annotation ends, that is between a mask and ignored voxels. Sp
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,10 +23,11 @@ from skimage.measure import marching_cubes, mesh_surface_area
 
 from nnunet_semiseg.segmentations import Classes
 
-OVERLAP = ("Dice", "Jaccard", "Precision", "Recall", "CSI")
+OVERLAP = ("Dice", "Jaccard", "Precision", "Recall")
 DISTANCES = ("HD", "HD95", "ASSD", "HD95_pooled", "ASD")
 METRICS = (*OVERLAP, *DISTANCES, "NSD")
-RESAMPLES = 5000
+# Of NSD in mm, unless another one is asked for.
+TOLERANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -100,15 +99,14 @@ def _union(boxes: list[tuple[slice, ...]], ndim: int) -> tuple[slice, ...]:
 def overlap(tp: int, fp: int, fn: int) -> dict[str, float]:
     """Metrics of the numbers of true positive, false positive and false negative voxels.
 
-    The critical success index is tp / (tp + fp + fn), and so the same as Jaccard's index. CoraNet (Shi et al. 2022)
-    prints the formula of recall for it.
+    The critical success index (CSI) of some tables is Jaccard's index. CoraNet (Shi et al. 2022) prints the formula of
+    recall for it.
     """
     return {
         "Dice": 2 * tp / (2 * tp + fp + fn),
         "Jaccard": tp / (tp + fp + fn),
         "Precision": tp / (tp + fp),
         "Recall": tp / (tp + fn),
-        "CSI": tp / (tp + fp + fn),
     }
 
 
@@ -240,66 +238,3 @@ def element_areas(spacing: tuple[float, ...]) -> np.ndarray:
         vertices, faces, *_ = marching_cubes(block, 0.5, method="lorensen")
         areas[code] = mesh_surface_area(vertices * scale, faces)
     return areas
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Statistics over cases, (K + 1, M) each: for K classes, and last for the mean over the classes.
-
-    Args:
-        mean: Over cases; in the last row the mean of the classes' means, as nnU-Net's foreground_mean.
-        sd: Standard deviation over cases (N - 1); in the last row, of the cases' means over their classes.
-        low, high: 95 % percentile bootstrap interval of the mean (Efron 1979), cases or patients being drawn.
-        cases: How many have a value.
-    """
-
-    mean: np.ndarray
-    sd: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    cases: np.ndarray
-
-
-def summarize(values: np.ndarray, patients: Sequence[str] | None = None) -> Summary:
-    """Of (N, K, M) values of N cases, K classes and M metrics; NaN is a value that is left out.
-
-    Args:
-        patients: Of the N cases; they are drawn instead of the cases.
-    """
-    with warnings.catch_warnings():
-        # Every value of a class may be left out.
-        warnings.simplefilter("ignore", RuntimeWarning)
-
-        def with_mean(by_class: np.ndarray) -> np.ndarray:
-            return np.concatenate((by_class, np.nanmean(by_class, axis=-2, keepdims=True)), axis=-2)
-
-        every = with_mean(values)
-        low, high = np.nanpercentile(with_mean(bootstrap_means(values, patients)), (2.5, 97.5), axis=0)
-        cases = np.isfinite(every).sum(0)
-        sd = np.nanstd(every, axis=0, ddof=1)
-        # One case or patient says nothing about others.
-        groups = _groups(len(values), patients)
-        drawn = sum(np.isfinite(every[groups == group]).any(0).astype(int) for group in np.unique(groups))
-        low, high = (np.where(drawn > 1, bound, np.nan) for bound in (low, high))
-        return Summary(with_mean(np.nanmean(values, axis=0)), sd, low, high, cases)
-
-
-def bootstrap_means(values: np.ndarray, patients: Sequence[str] | None = None) -> np.ndarray:
-    """(R, ...) means of (N, ...) values over R random draws with replacement; NaN is left out.
-
-    Args:
-        patients: Of the N cases. As many patients as there are are drawn, each with all its cases; None draws N cases.
-    """
-    flat = values.reshape(len(values), -1)
-    known = np.isfinite(flat)
-    groups = _groups(len(flat), patients)
-    count = groups.max() + 1
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)[:, groups]
-    with np.errstate(invalid="ignore"):
-        means = drawn @ np.where(known, flat, 0) / (drawn @ known)
-    return means.reshape(-1, *values.shape[1:])
-
-
-def _groups(cases: int, patients: Sequence[str] | None) -> np.ndarray:
-    """(N,) number of each case's patient, from 0."""
-    return np.arange(cases) if patients is None else np.unique(patients, return_inverse=True)[1]

@@ -1,0 +1,1 @@
+"""Evaluation of label maps: metrics of a case, statistics over cases, comparison of models."""

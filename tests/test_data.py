@@ -5,8 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from conftest import make_case
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTransform
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
+from conftest import SHORT, make_case
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
@@ -14,7 +20,8 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.data.randomness import RandomStream, global_state, seed_everything, set_global_state
 from nnunet_semiseg.data.splits import hidden_cases, make_splits
 from nnunet_semiseg.data.unlabeled import UnlabeledDataset, store_folder, store_identifiers
-from nnunet_semiseg.data.views import TwoViewTransform
+from nnunet_semiseg.data.views import TwoViewTransform, fix_transform_arithmetic
+from nnunet_semiseg.trainers.registry import find_trainer
 
 CASES = [f"case_{i:02d}" for i in range(20)]
 
@@ -164,6 +171,17 @@ def training_transforms(mask=False, regions=None):
     )
 
 
+class TargetTransform(SegOnlyTransform):
+    """A user's own."""
+
+    def _apply_to_segmentation(self, segmentation, **params):
+        raise AssertionError("a target transform ran on an unlabeled patch")
+
+
+class Both(BasicTransform):
+    """One that may change image and segmentation."""
+
+
 class TestTwoViews:
     def test_geometry_is_shared_and_only_the_strong_view_has_other_intensities(self):
         view = TwoViewTransform(training_transforms())
@@ -181,6 +199,63 @@ class TestTwoViews:
         assert all(type(t).__name__ == "RandomTransform" for t in view.intensity.transforms)
         assert len(view.intensity.transforms) == 7
         assert isinstance(view.geometry.transforms[-1], MirrorTransform)
+
+    def test_transforms_of_targets_are_not_in_the_views_whoever_adds_them(self):
+        transforms = training_transforms()
+        transforms.transforms += [
+            TargetTransform(),
+            RandomTransform(TargetTransform()),
+            ComposeTransforms([TargetTransform(), RemoveLabelTransform(1, 0)]),
+        ]
+        expected, found = (
+            [[type(t) for t in part.transforms] for part in TwoViewTransform(made).transforms]
+            for made in (training_transforms(), transforms)
+        )
+        assert found == expected
+
+    def test_parts_of_transforms_are_told_apart_however_they_are_nested(self):
+        mirror, noise, blur = MirrorTransform((0,)), GaussianNoiseTransform(), GaussianBlurTransform()
+        nested = ComposeTransforms([RandomTransform(mirror), OneOfTransform([RandomTransform(noise), blur])])
+        view = TwoViewTransform(ComposeTransforms([nested, TargetTransform()]))
+        assert view.geometry.transforms == nested.transforms[:1] and view.intensity.transforms == nested.transforms[1:]
+        fix_transform_arithmetic(view)
+        assert blur.benchmark is False
+
+    @pytest.mark.parametrize(
+        "transform, complaint",
+        [
+            (Both(), "Both is neither geometry nor for images or targets alone"),
+            (RandomTransform(Both()), "Both is neither geometry nor"),
+            (
+                OneOfTransform([GaussianNoiseTransform(), MirrorTransform((0,))]),
+                "OneOfTransform mixes geometry and intensity",
+            ),
+        ],
+    )
+    def test_a_transform_of_which_nothing_is_known_is_refused(self, transform, complaint):
+        transforms = training_transforms()
+        transforms.transforms.append(transform)
+        with pytest.raises(NotImplementedError, match=complaint) as error:
+            TwoViewTransform(transforms)
+        assert "target_transforms" in str(error.value) and "\n" not in str(error.value)
+
+    def test_a_methods_transforms_of_targets_see_labeled_patches_alone(self, started, monkeypatch):
+        seen = []
+
+        class Marked(Both):
+            """Of a kind that nobody knows."""
+
+            def apply(self, data_dict, **params):
+                seen.append(data_dict["segmentation"])
+                return {**data_dict, "image": data_dict["image"] * 0 + 7}
+
+        method = find_trainer("nnUNetTrainerMeanTeacher")
+        monkeypatch.setattr(method, "target_transforms", lambda self: [Marked()])
+        trainer = started("nnUNetTrainerMeanTeacher_warm_up=0" + SHORT)
+        assert (next(trainer.dataloader_train)["data"] == 7).all()
+        seen.clear()
+        batch = trainer.draw_unlabeled()
+        assert not seen and not (batch["weak"] == 7).any() and not (batch["strong"] == 7).any()
 
     def test_outside_of_the_nonzero_mask_stays_zero(self):
         seed_everything(0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.intensity.brightness import BrightnessAdditiveTransform
 from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
 from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
@@ -14,34 +16,62 @@ from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
-from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
-from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
-from nnunet_semiseg.data.signed_distance import SignedDistanceTransform
-
-_GEOMETRY = (
-    SpatialTransform,
-    MirrorTransform,
-    Rot90Transform,
-    TransposeAxesTransform,
-    Convert3DTo2DTransform,
-    Convert2DTo3DTransform,
-)
-_SEGMENTATION_ONLY = (
-    RemoveLabelTansform,
-    ConvertSegmentationToRegionsTransform,
-    DownsampleSegForDSTransform,
-    SignedDistanceTransform,
-)
+# {what a transform changes: its classes}.
+_KINDS = {
+    "geometry": (
+        SpatialTransform,
+        MirrorTransform,
+        Rot90Transform,
+        TransposeAxesTransform,
+        Convert3DTo2DTransform,
+        Convert2DTo3DTransform,
+    ),
+    "masking": (MaskImageTransform,),
+    "intensity": (ImageOnlyTransform,),
+    "targets": (SegOnlyTransform,),
+}
 
 
-def _is_one_of(transform: BasicTransform, kinds: tuple) -> bool:
-    """Whether the transform, or the one that a RandomTransform applies, is of these kinds."""
-    return isinstance(getattr(transform, "transform", transform), kinds)
+def _parts(transform: BasicTransform) -> Sequence[BasicTransform]:
+    """What a composed, random or chosen transform applies; nothing for any other."""
+    if hasattr(transform, "transform"):
+        return [transform.transform]
+    return getattr(transform, "transforms", getattr(transform, "list_of_transforms", ()))
+
+
+def _steps(transforms: ComposeTransforms, without: Sequence[BasicTransform]) -> Iterator[BasicTransform]:
+    """One after the other, those of a composed one in a composed one as well."""
+    for transform in transforms.transforms:
+        if any(transform is other for other in without):
+            continue
+        if isinstance(transform, ComposeTransforms):
+            yield from _steps(transform, without)
+        else:
+            yield transform
+
+
+def _kind(transform: BasicTransform) -> str:
+    """The key in ``_KINDS``.
+
+    Raises:
+        NotImplementedError: naming a transform that is of none, or of several.
+    """
+    name = type(transform).__name__
+    kinds = {_kind(part) for part in _parts(transform)}
+    if not kinds:
+        kinds = {kind for kind, classes in _KINDS.items() if isinstance(transform, classes)}
+    if len(kinds) == 1:
+        return kinds.pop()
+    reason = f"mixes {' and '.join(sorted(kinds))}" if kinds else "is neither geometry nor for images or targets alone"
+    raise NotImplementedError(
+        f"The training transform {name} {reason}, so it is unknown whether both views of an unlabeled patch share it. "
+        "Derive it from ImageOnlyTransform, SegOnlyTransform or one of nnU-Net's geometric transforms; if it is for "
+        "labeled patches alone, return it from target_transforms()"
+    )
 
 
 class TwoViewTransform(BasicTransform):
@@ -51,21 +81,34 @@ class TwoViewTransform(BasicTransform):
     the two views, and every loss that compares them would compare the wrong things. The transforms are taken from the
     trainer's own list, so that a trainer with other augmentation changes both halves of the batch.
 
+    What changes targets has nothing to do here: transforms of segmentations alone, and ``of_targets``.
+
     The views come back stacked along the channels (weak first), because nnU-Net's loader carries one image per sample.
 
     Args:
         training_transforms: What ``get_training_transforms`` returns.
         strength: Of the strong view: "none" as the weak one, "nnunet" as in training, "strong" with
             ``strong_intensities`` as well.
+        of_targets: Those among the transforms that are for labeled patches, whatever they change.
+
+    Raises:
+        NotImplementedError: naming a transform of which it is not known whether the views share it.
     """
 
-    def __init__(self, training_transforms: ComposeTransforms, strength: str = "nnunet"):
+    def __init__(
+        self,
+        training_transforms: ComposeTransforms,
+        strength: str = "nnunet",
+        of_targets: Sequence[BasicTransform] = (),
+    ):
         super().__init__()
-        transforms = [t for t in training_transforms.transforms if not _is_one_of(t, _SEGMENTATION_ONLY)]
-        intensity = [t for t in transforms if not _is_one_of(t, (*_GEOMETRY, MaskImageTransform))]
+        by_kind = {kind: [] for kind in _KINDS}
+        for transform in _steps(training_transforms, of_targets):
+            by_kind[_kind(transform)].append(transform)
+        intensity = by_kind["intensity"]
         intensity = {"none": [], "nnunet": intensity, "strong": [*intensity, *strong_intensities()]}[strength]
-        self.geometry = ComposeTransforms([t for t in transforms if _is_one_of(t, _GEOMETRY)])
-        self.masking = ComposeTransforms([t for t in transforms if _is_one_of(t, (MaskImageTransform,))])
+        self.geometry = ComposeTransforms(by_kind["geometry"])
+        self.masking = ComposeTransforms(by_kind["masking"])
         self.intensity = ComposeTransforms(intensity)
         self.transforms = (self.geometry, self.masking, self.intensity)
 
@@ -105,9 +148,7 @@ def fix_transform_arithmetic(transform: BasicTransform) -> None:
     nnU-Net's blur times two implementations while it runs and keeps the faster one; their results differ in the last
     bits, so a seeded run could not be repeated.
     """
-    for part in getattr(transform, "transforms", []):
+    for part in _parts(transform):
         fix_transform_arithmetic(part)
-    if hasattr(transform, "transform"):
-        fix_transform_arithmetic(transform.transform)
     if hasattr(transform, "benchmark"):
         transform.benchmark = False

@@ -177,7 +177,7 @@ class MethodHooks:
             self.teacher.update(self.student)
 
     def target_transforms(self) -> list:
-        """Transforms that follow nnU-Net's own on labeled training patches."""
+        """Transforms that follow nnU-Net's own on labeled training patches, and never run on unlabeled ones."""
         return []
 
     def foreground_of(self, hard: torch.Tensor) -> torch.Tensor:

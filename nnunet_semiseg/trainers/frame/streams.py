@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from nnunet_semiseg.data.splits import hidden_cases
@@ -95,10 +96,15 @@ class Streams:
             )
         self.print_to_log_file(f"WARNING: {message}.")
 
+    @cached_property
+    def _target_transforms(self) -> list:
+        """The same objects for both streams, so that the unlabeled one knows which to leave out."""
+        return list(self.target_transforms())
+
     def get_training_transforms(self, *args, **kwargs):
         """nnU-Net's, and what the method adds."""
         transforms = super().get_training_transforms(*args, **kwargs)
-        transforms.transforms.extend(self.target_transforms())
+        transforms.transforms.extend(self._target_transforms)
         return transforms
 
     def _unlabeled_loader(self, dataset: UnlabeledDataset):
@@ -121,7 +127,7 @@ class Streams:
             patch_size,
             self.label_manager,
             oversample_foreground_percent=self.options.unlabeled_foreground_sampling,
-            transforms=TwoViewTransform(transforms, self.options.strong_view),
+            transforms=TwoViewTransform(transforms, self.options.strong_view, self._target_transforms),
         )
         # The labeled loader keeps nnU-Net's number of processes; a step with both halves takes twice as long, so half
         # of it keeps up.

@@ -6,7 +6,6 @@ import sys
 import zipfile
 from itertools import combinations
 
-import h5py
 import nibabel
 import numpy as np
 import pytest
@@ -58,6 +57,7 @@ def numbered(seed, shape=(4, 6, 5)):
 
 
 def write_h5(file, **arrays):
+    h5py = pytest.importorskip("h5py")
     file.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(file, "w") as content:
         for key, array in arrays.items():

@@ -26,6 +26,7 @@ def python(executable, code, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [
@@ -52,6 +53,8 @@ def install(tmp_path_factory, wheel):
 
     def make(kind):
         if kind not in done:
+            if kind == "editable":
+                pytest.importorskip("editables")
             folder = tmp_path_factory.mktemp(kind) / "env"
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
             executable = folder / "bin" / "python"

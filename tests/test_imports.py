@@ -11,11 +11,21 @@ from nnunet_semiseg.cli import COMMANDS
 from pseudo_label.cli import COMMANDS as PSEUDO_LABEL_COMMANDS
 
 PACKAGES = ("nnunet_semiseg", "dataset_conversion", "pseudo_label")
+# Of the extras in pyproject.toml.
+OPTIONAL = {"h5py", "nilearn", "edt", "submitit", "hatchling", "editables", "monai", "surface_distance", "medpy"}
 
 
-def imported(source, package):
+def run_at_import(node):
+    """The nodes of a module that run when it is imported, but for what is tried and may fail."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.Try)):
+            yield from run_at_import(child)
+
+
+def imported(source, package, nodes=ast.walk):
     """The modules that a source text imports, wherever in it, of a module in ``package``."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -36,6 +46,7 @@ def imports(package):
 def test_every_kind_of_import_is_found():
     source = "import a.b\ndef f():\n    from c.d import e\n    from . import g\n    from ..h import i as j\n"
     assert set(imported(source, "x.y")) == {"a.b", "c.d.e", "x.y.g", "x.h.i"}
+    assert list(imported(source, "x.y", run_at_import)) == ["a.b"]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +95,17 @@ def test_the_parts_of_a_package_do_not_import_in_a_circle():
             pytest.fail(f"{package}: {' imports '.join(reversed(error.args[1]))}")
         if package == "nnunet_semiseg":
             assert "data" in graph["trainers"] and "files" in graph["data"]
+
+
+def test_no_module_and_no_test_needs_an_optional_library_to_be_imported():
+    files = [file for folder in (*PACKAGES, "tests") for file in (REPOSITORY / folder).rglob("*.py")]
+    for file in files:
+        names = {name.split(".")[0] for name in imported(file.read_text(encoding="utf-8"), "", run_at_import)}
+        assert not names & OPTIONAL, (
+            f"{file} imports {names & OPTIONAL}. Use pytest.importorskip, or import it where used"
+        )
+        scripts = (REPOSITORY / "scripts" / f"{name}.py" for name in names)
+        files += [script for script in scripts if script.is_file() and script not in files]
 
 
 def test_every_command_has_its_module():

@@ -23,16 +23,15 @@ from nnunet_semiseg.evaluation.metrics import (
 )
 from nnunet_semiseg.segmentations import Classes
 
-LIBRARIES = ("medpy", "monai", "surface_distance")
 SHAPE = (9, 13, 11)
 ANISOTROPIC = (5.0, 1.3, 0.7)
 
 
 @pytest.fixture
 def check_metrics(monkeypatch):
-    """The script of this name, which imports all of LIBRARIES."""
-    for library in LIBRARIES:
-        pytest.importorskip(library, reason=f"{library} is not installed")
+    """The script of this name, which needs all of the libraries."""
+    for library in ("medpy", "monai", "surface_distance"):
+        pytest.importorskip(library)
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     return importlib.import_module("check_metrics")
 

@@ -16,7 +16,7 @@ OPTIONAL = {"h5py", "nilearn", "edt", "submitit", "hatchling", "editables", "mon
 
 
 def run_at_import(node):
-    """The nodes of a module that run when it is imported, but for what is tried and may fail."""
+    """The nodes that run when a module is imported, but for what may fail in a ``try``."""
     yield node
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (ast.FunctionDef, ast.Try)):
@@ -24,7 +24,7 @@ def run_at_import(node):
 
 
 def imported(source, package, nodes=ast.walk):
-    """The modules that a source text imports, wherever in it, of a module in ``package``."""
+    """The modules that the source of a module of ``package`` imports; by default, wherever in it."""
     for node in nodes(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,12 +35,13 @@ def imported(source, package, nodes=ast.walk):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+def imports_of(file, nodes=ast.walk):
+    return set(imported(file.read_text(encoding="utf-8"), ".".join(file.relative_to(REPOSITORY).parts[:-1]), nodes))
+
+
 def imports(package):
     """{file: what it imports}, of all modules of a package."""
-    return {
-        file: set(imported(file.read_text(encoding="utf-8"), ".".join(file.relative_to(REPOSITORY).parts[:-1])))
-        for file in sorted((REPOSITORY / package).rglob("*.py"))
-    }
+    return {file: imports_of(file) for file in sorted((REPOSITORY / package).rglob("*.py"))}
 
 
 def test_every_kind_of_import_is_found():
@@ -64,7 +65,7 @@ def test_packages_import_only_those_below(package, above):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_nothing_but_the_table_of_commands_names_them(package):
+def test_only_the_tables_of_commands_know_their_modules(package):
     commands = f"{package}.commands"
     found = [
         (str(file), name)
@@ -100,10 +101,11 @@ def test_the_parts_of_a_package_do_not_import_in_a_circle():
 def test_no_module_and_no_test_needs_an_optional_library_to_be_imported():
     files = [file for folder in (*PACKAGES, "tests") for file in (REPOSITORY / folder).rglob("*.py")]
     for file in files:
-        names = {name.split(".")[0] for name in imported(file.read_text(encoding="utf-8"), "", run_at_import)}
+        names = {name.split(".")[0] for name in imports_of(file, run_at_import)}
         assert not names & OPTIONAL, (
-            f"{file} imports {names & OPTIONAL}. Use pytest.importorskip, or import it where used"
+            f"{file} imports {names & OPTIONAL}: do it where it is used, or pytest.importorskip"
         )
+        # Tests import scripts, too.
         scripts = (REPOSITORY / "scripts" / f"{name}.py" for name in names)
         files += [script for script in scripts if script.is_file() and script not in files]
 

@@ -9,6 +9,7 @@ normalized, without any spacing.
 
 from __future__ import annotations
 
+import argparse
 import re
 from argparse import Namespace
 from functools import lru_cache
@@ -47,7 +48,7 @@ SPLITS = {
 PHASES = ("ED", "ES")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cine",
         action="store_true",
@@ -122,10 +123,8 @@ def _shared(download: Download) -> list[Case]:
 
 def read(case: Case, with_label: bool) -> Scan:
     if case.images[0].suffix == ".h5":
-        image, label = (
-            with_spacing(_volume(case.images, key), NOMINAL_SPACING) if wanted else None
-            for key, wanted in (("image", True), ("label", with_label))
-        )
+        image = with_spacing(_volume(case.images, "image"), NOMINAL_SPACING)
+        label = with_spacing(_volume(case.images, "label"), NOMINAL_SPACING) if with_label else None
         return Scan([image], label, ["nominal spacing of 1.5 x 1.5 x 10 mm, because .h5 files have none"])
     if case.frame is None:
         return read_files(case, with_label)

@@ -59,14 +59,12 @@ def cases(download: Download, args: Namespace) -> list[Case]:
 def read(case: Case, with_label: bool) -> Scan:
     (file,) = case.images
     if file.suffix == ".h5":
-        image, label = (
-            with_spacing(read_h5(file, key).T, SPACING) if wanted else None
-            for key, wanted in (("image", True), ("label", with_label))
-        )
+        image = with_spacing(read_h5(file, "image").T, SPACING)
+        label = with_spacing(read_h5(file, "label").T, SPACING) if with_label else None
         return Scan([image], label, ["spacing of 0.625 mm taken from the challenge's page"])
     notes: list[str] = []
     image = read_volume(file, notes)
-    label = read_volume(case.label, notes) if with_label else None
+    label = read_volume(case.label, notes) if with_label and case.label else None
     if image.GetSpacing() == (1.0, 1.0, 1.0):
         image.SetSpacing(SPACING)
         if label and label.GetSpacing() == (1.0, 1.0, 1.0):

@@ -48,7 +48,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
 
 def read(case: Case, with_label: bool) -> Scan:
     image = read_series(case.images[0])
-    if not with_label:
+    if not with_label or case.label is None:
         return Scan([image])
     notes: list[str] = []
     label = read_volume(case.label, notes)
@@ -58,7 +58,7 @@ def read(case: Case, with_label: bool) -> Scan:
     if not mask.any():
         raise CaseError(f"{case.label} is empty. Download it again")
     scores = orientation_scores(sitk.GetArrayViewFromImage(image), mask > 0)
-    second, best = sorted(scores, key=scores.get)[-2:]
+    second, best = sorted(scores, key=lambda orientation: scores[orientation])[-2:]
     if scores[best] < MARGIN * scores[second]:
         raise CaseError(
             f"{case.label} does not fit {case.images[0]} in any orientation (edges agree by {scores[best]:.2f} and "

@@ -57,6 +57,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
 
 
 def read(case: Case, with_label: bool) -> Scan:
+    assert case.frame is not None
     sequence = _load(case.images[0], "sol_yxzt")
     if sequence.ndim != 4 or case.frame >= sequence.shape[3]:
         raise CaseError(
@@ -66,7 +67,7 @@ def read(case: Case, with_label: bool) -> Scan:
     whole_numbers = np.array_equal(voxels, np.rint(voxels)) and np.abs(voxels).max() < 2**15
     image = with_spacing(voxels.astype(np.int16 if whole_numbers else np.float32), NOMINAL_SPACING)
     label = None
-    if with_label:
+    if with_label and case.label is not None:
         mask = endocardium(_load(case.label, "manual_seg_32points")[:, case.frame], voxels.shape, case.label)
         label = sitk.GetImageFromArray(mask)
         label.CopyInformation(image)
@@ -92,7 +93,8 @@ def endocardium(contours: np.ndarray, shape: tuple[int, int, int], file: Path) -
             points = cell[:32].astype(float) - 1
             if cell.shape[1:] != (2,) or len(points) < 32 or not ((points > -1) & (points < shape[:0:-1])).all():
                 raise CaseError(f"{file}: the contour of slice {z + 1} is not 32 points (x, y) in the image")
-            mask[(z, *polygon(points[:, 1], points[:, 0], shape[1:]))] = 1
+            rows, columns = polygon(points[:, 1], points[:, 0], shape[1:])
+            mask[z, rows, columns] = 1
     return mask
 
 

@@ -8,6 +8,7 @@ no labels, so it is left alone.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 from dataset_conversion.common import Case, Download, Source, by_name
@@ -34,10 +35,11 @@ def images_and_labels(download: Download, pattern: str) -> tuple[dict[str, Path]
     files = [file for file in download.find(f"{pattern}.nii.gz") if file.parent.name != "Testing"]
     # Some copies of unlabeledTr1800 have no _0000 in the names.
     images = {file for file in files if file.name.endswith("_0000.nii.gz") or "unlabel" in file.parent.name.lower()}
-    return tuple(
-        by_name(chosen, lambda file: file.name.removesuffix(".nii.gz").removesuffix("_0000"))
-        for chosen in (sorted(images), [file for file in files if file not in images])
-    )
+
+    def by_case(chosen: Iterable[Path]) -> dict[str, Path]:
+        return by_name(chosen, lambda file: file.name.removesuffix(".nii.gz").removesuffix("_0000"))
+
+    return by_case(sorted(images)), by_case(file for file in files if file not in images)
 
 
 def cases(download: Download, args: Namespace) -> list[Case]:

@@ -30,7 +30,7 @@ def _label(text: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(int(value) for value in values.split(","))
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         type=_label,
@@ -134,7 +134,8 @@ def _found(folder: Path, fixed: tuple[str, ...], rest: tuple[str, ...]) -> list[
 def _name(found: tuple[str, ...], pattern: tuple[str, ...]) -> str:
     """The folders that have wildcards; without any, what the wildcards in the file's name stand for."""
     folders = [name for name, part in zip(found[:-1], pattern) if _is_pattern(part)]
-    begin, end = _WILDCARDS.search(pattern[-1]).span() if not folders else (0, 0)
+    wildcards = _WILDCARDS.search(pattern[-1])
+    begin, end = wildcards.span() if wildcards and not folders else (0, 0)
     return "_".join(folders) or found[-1][begin : len(found[-1]) - len(pattern[-1]) + end]
 
 
@@ -217,8 +218,8 @@ def _inside(download: Download, path: str) -> Path:
 def _of_table(download: Download, args: Namespace) -> list[Case]:
     """Columns: image, image2, ... for the channels; case (default: the image's name), patient, label, split."""
     rows = read_table(args.csv)
-    numbered = {key: re.fullmatch(r"image(\d*)", key or "") for key in (rows[0] if rows else ())}
-    channels = sorted((key for key in numbered if numbered[key]), key=lambda key: int(numbered[key][1] or 1))
+    found = (re.fullmatch(r"image(\d*)", key or "") for key in (rows[0] if rows else ()))
+    channels = [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1] or 1))]
     if not rows or "image" not in rows[0]:
         raise ValueError(f"{args.csv} has no rows, or no column image")
     result = []

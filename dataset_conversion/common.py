@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
-import nibabel
 import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunet_semiseg.datasets import CaseError, content_hash
+from nnunet_semiseg.datasets import CaseError, content_hash, load_nifti
 from nnunet_semiseg.files import link, whole, write_json
 from nnunet_semiseg.segmentations import (
     Geometry,
@@ -146,12 +146,12 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable]]:
                 if not member.is_dir():
                     yield member.filename, lambda member=member: file.open(member)
         return
-    with tarfile.open(archive) as file:
-        for member in file:
-            if member.isreg():
-                yield member.name, lambda member=member: file.extractfile(member)
-            elif not member.isdir():
-                raise ValueError(f"{archive} holds the link or device {member.name}, which is never unpacked")
+    with tarfile.open(archive) as tar:
+        for entry in tar:
+            if entry.isreg():
+                yield entry.name, lambda entry=entry: tar.extractfile(entry)
+            elif not entry.isdir():
+                raise ValueError(f"{archive} holds the link or device {entry.name}, which is never unpacked")
 
 
 def _is_unpacked(archive: Path, beside: tuple[Path, Path]) -> bool:
@@ -159,8 +159,8 @@ def _is_unpacked(archive: Path, beside: tuple[Path, Path]) -> bool:
 
     All of a .zip file; only the first of the others, which have no table of contents.
     """
-    names = (name for name, _ in _members(archive) if not junk(Path(name)))
-    names = list(names) if archive.name.endswith(".zip") else list(islice(names, 1))
+    files = (name for name, _ in _members(archive) if not junk(Path(name)))
+    names = list(files) if archive.name.endswith(".zip") else list(islice(files, 1))
     found = max(sum((folder / name).exists() for name in names) for folder in beside)
     if 0 < found < len(names):
         print(
@@ -230,7 +230,7 @@ def read_files(case: Case, with_label: bool) -> Scan:
     """Images and label of any format that SimpleITK reads; an RGB image has three channels."""
     notes: list[str] = []
     images = [read_volume(file, notes) for file in case.images]
-    label = read_volume(case.label, notes) if with_label else None
+    label = read_volume(case.label, notes) if with_label and case.label else None
     channels = images[0].GetNumberOfComponentsPerPixel()
     if channels > 1:
         images = [sitk.VectorIndexSelectionCast(images[0], i) for i in range(channels)]
@@ -263,7 +263,7 @@ def read_volume(path: Path, notes: list[str]) -> sitk.Image:
 
 def _with_orthonormal_directions(file: Path) -> sitk.Image:
     """A NIfTI file with the rotation that is nearest to its direction cosines, by polar decomposition."""
-    nifti = nibabel.load(file)
+    nifti = load_nifti(file)
     affine = np.diag([-1, -1, 1, 1]) @ nifti.affine  # NIfTI counts to the right and front, ITK to the left and back
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
@@ -331,7 +331,7 @@ def read_series(folder: Path) -> sitk.Image:
     return image
 
 
-def h5py():
+def h5py() -> ModuleType:
     """The package, which is an extra. Raises ValueError with the command that installs it."""
     try:
         import h5py
@@ -421,7 +421,7 @@ def convert_case(case: Case, part: str, source: Source, target: Path, unpacked: 
         "image_hash": content_hash(voxels),
         "notes": scan.notes,
     }
-    if scan.label is not None:
+    if scan.label is not None and case.label is not None:
         difference = geometry_difference(geometry, Geometry.of_image(scan.label))
         if difference:
             raise CaseError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 try:
     from numpy._core import multiarray
 except ImportError:  # NumPy 1
-    from numpy.core import multiarray
+    from numpy.core import multiarray  # type: ignore[no-redef]
 
 # What nnU-Net's own checkpoints hold beyond tensors and plain Python: NumPy scalars and arrays in the logs.
-_SAFE_GLOBALS = [
+_SAFE_GLOBALS: list[Callable | tuple[Callable, str]] = [
     np.dtype,
     np.ndarray,
     multiarray.scalar,
@@ -30,7 +31,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message names the file and the cure."""
 
 
-def read(file: str | os.PathLike, map_location="cpu") -> dict:
+def read(file: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
     """The content of a checkpoint, read with ``weights_only=True``: nothing in the file is executed.
 
     Raises:
@@ -87,7 +88,7 @@ def write(checkpoint: dict, file: str | os.PathLike, former: Path | None = None)
         ) from error
 
 
-def plain(network_weights: dict, mirroring_axes, configuration: str) -> dict:
+def plain(network_weights: dict, mirroring_axes: Sequence[int] | None, configuration: str) -> dict:
     """A checkpoint of nnU-Net's own trainer with what inference needs, and nothing else."""
     return {
         "network_weights": network_weights,
@@ -113,7 +114,7 @@ def restarted(checkpoint: dict) -> dict:
     return new
 
 
-def as_written_by(save) -> dict:
+def as_written_by(save: Callable[[io.BytesIO], object]) -> dict:
     """The checkpoint that ``save(stream)`` writes, on the CPU, so that more can be added to it."""
     stream = io.BytesIO()
     save(stream)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
@@ -15,7 +17,7 @@ class CPUPlanner(ExperimentPlanner):
 
     def __init__(
         self,
-        dataset_name_or_id,
+        dataset_name_or_id: str | int,
         features: int = 16,
         memory_gb: float = 0.5,
         plans_name: str = "nnUNetPlans_cpu",
@@ -27,7 +29,7 @@ class CPUPlanner(ExperimentPlanner):
         self.UNet_max_features_2d = self.UNet_max_features_3d = 16 * features
 
     @staticmethod
-    def static_estimate_VRAM_usage(*args, **kwargs):
+    def static_estimate_VRAM_usage(*args: Any, **kwargs: Any) -> float:
         # nnU-Net takes the number of augmentation processes for a number of threads here, and torch refuses 0.
         before = os.environ.get("nnUNet_n_proc_DA")
         if before == "0":
@@ -38,7 +40,7 @@ class CPUPlanner(ExperimentPlanner):
             if before == "0":
                 os.environ["nnUNet_n_proc_DA"] = before
 
-    def get_plans_for_configuration(self, spacing, *args, **kwargs):
+    def get_plans_for_configuration(self, spacing: Sequence[float], *args: Any, **kwargs: Any) -> dict:
         plan = super().get_plans_for_configuration(spacing, *args, **kwargs)
         # A CPU's time goes by samples, and a short training lacks steps more than it lacks samples in a step.
         plan["batch_size"] = self.batch_size or min(plan["batch_size"], 4 if len(spacing) == 2 else 2)

@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import nibabel
 import numpy as np
@@ -31,7 +32,7 @@ SPACING_RATIO = 2.0
 INTENSITY_SDS = 5.0
 
 
-def check_variables(*variables) -> None:
+def check_variables(*variables: Any) -> None:
     """Raises ValueError naming the first of nnU-Net's variables that is not set, or is set with quotation marks."""
     for variable in variables:
         value = variable.get()
@@ -139,7 +140,7 @@ class Dataset:
 
     @property
     def num_channels(self) -> int:
-        return len(self.json.get("channel_names", self.json.get("modality")))
+        return len(self.json["channel_names"] if "channel_names" in self.json else self.json["modality"])
 
     def plans_names(self) -> list[str]:
         """Of all plans, whatever they are called, sorted."""
@@ -240,7 +241,8 @@ class Dataset:
             raise FileNotFoundError(
                 f"{path} is missing. Put the unlabeled images there, named CASE_0000{self.file_ending}"
             )
-        images, others = [], []
+        images: list[Path] = []
+        others: list[Path] = []
         for file in visible_files(path):
             (images if file.name.endswith(self.file_ending) else others).append(file)
         # Files of spacings that Tiff3DIO wants beside the images.
@@ -282,7 +284,7 @@ class Dataset:
         cure = f"Make it anew: nnUNetv2_extract_fingerprint -d {self.number} --clean"
         return read_json(file, ("spacings",), cure)
 
-    def spacing_warning(self, spacing) -> str | None:
+    def spacing_warning(self, spacing: np.ndarray) -> str | None:
         """What is unusual about a spacing in mm (array axis order), against the labeled cases."""
         labeled = np.asarray(self.fingerprint["spacings"])
         low, high = labeled.min(0) / SPACING_RATIO, labeled.max(0) * SPACING_RATIO
@@ -447,16 +449,21 @@ def _check_finite(voxels: np.ndarray, file: Path) -> None:
         raise CaseError(f"{file} has {bad} voxels that are NaN or infinite. Replace them (by 0, say), or remove it")
 
 
+def load_nifti(file: Path) -> nibabel.Nifti1Pair:
+    """A NIfTI file by nibabel, whose own function may return images of any kind."""
+    return cast("nibabel.Nifti1Pair", nibabel.load(file))
+
+
 def check_nifti(file: Path) -> None:
     """Read a NIfTI file with nibabel, which complains where SimpleITK does not.
 
     SimpleITK turns NaN into 0 and fills the missing part of a truncated file with anything, without a word.
     """
     if file.name.endswith((".nii", ".nii.gz")):
-        voxels, *_ = run_reader(lambda: (np.asanyarray(nibabel.load(file).dataobj), {}), file)
+        voxels, *_ = run_reader(lambda: (np.asanyarray(load_nifti(file).dataobj), {}), file)
         _check_finite(voxels, file)
 
 
 def content_hash(data: np.ndarray) -> str:
     """A hash of the voxel values and the shape, whatever the file's name, compression and data type."""
-    return hashlib.sha1(np.ascontiguousarray(data, dtype=np.float32)).hexdigest() + str(data.shape)
+    return hashlib.sha1(np.ascontiguousarray(data, dtype=np.float32).data).hexdigest() + str(data.shape)

@@ -7,13 +7,14 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
-def whole(file: Path):
+def whole(file: Path) -> Iterator[Path]:
     """A path beside ``file`` to write to, with the same ending; renamed to ``file`` at the end, removed on an error."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def read_text(file: Path, encoding: str = "utf-8") -> str:
         ) from None
 
 
-def read_json(file: Path, keys: Iterable[str] = (), cure: str = "Restore it, or make it again"):
+def read_json(file: Path, keys: Iterable[str] = (), cure: str = "Restore it, or make it again") -> Any:
     """The content of a JSON file.
 
     Args:
@@ -99,7 +100,7 @@ def read_table(file: Path, columns: Iterable[str] = (), cure: str = "Restore it,
     return rows
 
 
-def write_json(file: Path, content) -> None:
+def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 from tqdm import tqdm
@@ -19,7 +21,7 @@ from nnunet_semiseg.datasets import CaseError
 DEFAULT_PROCESSES = min(default_num_processes, os.cpu_count() or 1)
 
 
-def add_processes_argument(parser) -> None:
+def add_processes_argument(parser: argparse.ArgumentParser) -> None:
     """``-np``, as nnU-Net's commands call it."""
     parser.add_argument(
         "-np",
@@ -32,7 +34,7 @@ def add_processes_argument(parser) -> None:
 def _end_with(parent: int) -> None:
     """End this worker when its parent is gone, also after a kill -9: it would go on with the cases that are waiting."""
 
-    def watch():
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
@@ -62,7 +64,8 @@ def over_cases(
     """
     if processes < 1:
         raise ValueError(f"-np {processes} is not a number of processes. Use 1 or more")
-    results, failures = {}, []
+    results: dict[str, Any] = {}
+    failures: list[str] = []
 
     def collect(case: str, get: Callable) -> None:
         try:

@@ -6,15 +6,17 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import nibabel
 import numpy as np
 import SimpleITK as sitk
 import tifffile
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
@@ -30,6 +32,7 @@ from nnunet_semiseg.datasets import (
     check_sidecar,
     check_there,
     dataset_reader,
+    load_nifti,
     plans_reader,
     read_dataset_json,
     run_reader,
@@ -133,7 +136,7 @@ class Classes:
         )
 
     @classmethod
-    def from_labels(cls, labels) -> Classes:
+    def from_labels(cls, labels: Iterable[int]) -> Classes:
         """One class for every label value, named by it; 0 is background."""
         values = sorted({int(v) for v in labels} - {0})
         return cls(tuple(map(str, values)), tuple((v,) for v in values), known=frozenset({0, *values}))
@@ -255,14 +258,18 @@ class Geometry:
         )
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], reader: type[BaseReaderWriter], properties: dict, warning=None) -> Geometry:
+    def of(
+        cls, shape: tuple[int, ...], reader: type[BaseReaderWriter], properties: dict, warning: str | None = None
+    ) -> Geometry:
         """Of a (Z, Y, X) or (Y, X) array that nnU-Net's reader gave, with one slice for a 2D file."""
         spacing = tuple(float(s) for s in properties["spacing"])[-len(shape) :]
         origin = direction = None
         if "sitk_stuff" in properties:
             origin, direction = properties["sitk_stuff"]["origin"], properties["sitk_stuff"]["direction"]
         elif "nibabel_stuff" in properties:
-            matrix = np.diag([-1, -1, 1]) @ affine(properties)[:3]
+            to_ras = affine(properties)
+            assert to_ras is not None
+            matrix = np.diag([-1, -1, 1]) @ to_ras[:3]
             origin = tuple(matrix[:, 3].tolist())
             direction = tuple((matrix[:, :3] / np.linalg.norm(matrix[:, :3], axis=0)).ravel().tolist())
         return cls(shape, spacing, origin, direction, reader, properties, warning)
@@ -302,14 +309,14 @@ def read_voxels(file: Path, reader: type[BaseReaderWriter] | None = None) -> tup
         CaseError: naming the file, if it is missing, damaged, or has voxels that are NaN or infinite.
     """
     file = Path(file)
-    first_error = None
-    for candidate in (reader,) if reader else _readers(file):
+    errors = []
+    for candidate in [reader] if reader else _readers(file):
         try:
             return _read_voxels(file, candidate)
         except CaseError as error:
-            # What is missing is missing for all.
-            first_error = first_error or error
-    raise first_error
+            errors.append(error)
+    # What is missing is missing for all.
+    raise errors[0]
 
 
 def _readers(file: Path) -> list[type[BaseReaderWriter]]:
@@ -417,7 +424,7 @@ def write_labels(file: Path, labels: np.ndarray, like: Geometry) -> None:
 
 def write_map(file: Path, values: np.ndarray, like: Geometry) -> None:
     """Write floating point numbers, which nnU-Net's readers read but do not write; otherwise as ``write_labels``."""
-    properties = like.properties
+    properties = like.properties or {}
     with _complete(file) as temporary:
         if "sitk_stuff" in properties:
             stuff = properties["sitk_stuff"]
@@ -430,9 +437,9 @@ def write_map(file: Path, values: np.ndarray, like: Geometry) -> None:
             sitk.WriteImage(image, str(temporary), True)
         elif "nibabel_stuff" in properties:
             stuff = properties["nibabel_stuff"]
-            image = nibabel.Nifti1Image(values.T, affine(properties))
+            nifti = nibabel.Nifti1Image(values.T, affine(properties))
             back = ornt_transform(axcodes2ornt("RAS"), io_orientation(stuff["original_affine"]))
-            nibabel.save(image.as_reoriented(back) if "reoriented_affine" in stuff else image, temporary)
+            nibabel.save(nifti.as_reoriented(back) if "reoriented_affine" in stuff else nifti, temporary)
         else:
             tifffile.imwrite(temporary, values, compression="zlib")
             if issubclass(like.reader, Tiff3DIO):
@@ -440,7 +447,7 @@ def write_map(file: Path, values: np.ndarray, like: Geometry) -> None:
 
 
 @contextmanager
-def _complete(file: Path):
+def _complete(file: Path) -> Iterator[Path]:
     """A path to write an image to. With the file its sidecar appears, if one is written."""
     with whole(file) as temporary:
         beside = sidecar(temporary, channel=False)
@@ -477,10 +484,10 @@ def _ends_as_written(file: Path) -> bool:
     if not file.name.endswith((".nii", ".nii.gz")):
         return True
     try:
-        nifti = nibabel.load(file)
+        nifti = load_nifti(file)
     except (nibabel.filebasedimages.ImageFileError, OSError, EOFError):
         return False
-    size = nifti.dataobj.offset + math.prod(nifti.shape) * nifti.get_data_dtype().itemsize
+    size = cast(ArrayProxy, nifti.dataobj).offset + math.prod(nifti.shape) * nifti.get_data_dtype().itemsize
     if file.name.endswith(".nii"):
         return file.stat().st_size >= size
     with open(file, "rb") as stream:
@@ -505,19 +512,23 @@ def geometry_difference(first: Geometry, second: Geometry) -> str | None:
     ).any():
         assumed = [f". {geometry.warning}" for geometry in (first, second) if geometry.warning]
         return f"spacings {_times(spacings[0])} and {_times(spacings[1])} mm{''.join(assumed)}"
-    if None in (first.origin, second.origin):
+    if first.origin is None or second.origin is None:
         return None
-    if not np.allclose(first.direction, second.direction, atol=1e-3):
+    if (
+        first.direction is not None
+        and second.direction is not None
+        and not np.allclose(first.direction, second.direction, atol=1e-3)
+    ):
         return "directions"
     if (np.abs(np.subtract(first.origin, second.origin)) > np.maximum(tolerance, 1e-3)).any():
         return f"origins {_shown(first.origin)} and {_shown(second.origin)} mm"
     return None
 
 
-def _times(values) -> str:
+def _times(values: Iterable[float]) -> str:
     return " x ".join(f"{value:.6g}" for value in values)
 
 
-def _shown(values) -> str:
+def _shown(values: Iterable[float]) -> str:
     # Without a minus before zero.
     return f"({', '.join(f'{value + 0.0:.6g}' for value in values)})"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import cc3d
 import numpy as np
@@ -105,7 +106,7 @@ def tally(
         anyone = np.vstack([anyone, anyone.any(0)])
         counts.union += anyone @ times
         counts.disagreement += anyone @ (times * differs / members)
-        if entropy is not None:
+        if entropy is not None and counts.entropy is not None:
             counts.entropy += anyone @ np.bincount(code, weights=entropy.reshape(slices, -1)[i, where])
     if entropy is None:
         counts.entropy = None
@@ -144,9 +145,10 @@ def _majority(table: np.ndarray, membership: np.ndarray, classes: Classes, index
 def paint(masks: Iterable[np.ndarray], classes: Classes) -> np.ndarray:
     """Label map of the regions' masks, later ones over earlier ones, as nnU-Net does it (regions_class_order)."""
     labels = None
-    for mask, value in zip(masks, classes.region_order):
+    for mask, value in zip(masks, classes.region_order or ()):
         labels = np.zeros(mask.shape, dtype=_label_type(classes)) if labels is None else labels
         labels[mask] = value
+    assert labels is not None, "no regions"
     return labels
 
 
@@ -228,7 +230,7 @@ def mean_probabilities(
             higher = mean > highest[z]
             consensus[z][higher] = label
             highest[z][higher] = mean[higher]
-    for m in np.flatnonzero(improbable > MAX_IMPROBABLE * foreground):
+    for m in np.flatnonzero(improbable > MAX_IMPROBABLE * foreground).tolist():
         raise CaseError(
             f"{files[m]} does not belong to the label map beside it: {100 * improbable[m] / foreground[m]:.0f} % of "
             "the map's foreground is improbable. Predict the case again. If the plans' reader is one that reorients "
@@ -280,7 +282,7 @@ def count_components(labels: np.ndarray, classes: Classes) -> list[int]:
     labels = labels[tuple(box)]
     if not labels.size:
         return [0] * len(classes.names)
-    connectivity = 8 if labels.ndim == 2 else 26
+    connectivity: Literal[8, 26] = 8 if labels.ndim == 2 else 26
     if classes.region_order is not None:
         return [
             cc3d.connected_components(member[labels], connectivity=connectivity, return_N=True)[1]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from nnunet_semiseg import __version__
 from nnunet_semiseg.files import read_json, write_json
@@ -90,7 +92,7 @@ class Manifest:
         return len(self.rounds) > number and step in self.rounds[number]["steps"]
 
     @contextmanager
-    def step(self, number: int, step: str):
+    def step(self, number: int, step: str) -> Iterator[dict]:
         """Its body does the step and may put what it found into the round, which is given; then the step is done."""
         start = time.time()
         of = self.rounds[number]
@@ -104,7 +106,7 @@ class Manifest:
 
 def _flat(arguments: dict) -> dict:
     """As JSON keeps them, those in groups (the rules) beside the others."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(arguments)).items():
         found |= value if isinstance(value, dict) else {name: value}
     return found

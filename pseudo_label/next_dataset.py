@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +249,7 @@ class NextDataset:
         if failures:
             raise CaseError("\n".join([*failures, f"{len(failures)} cases could not be preprocessed. Fix them"]))
 
-    def _link(self, source: Path, target: Path, cases) -> None:
+    def _link(self, source: Path, target: Path, cases: Iterable[str]) -> None:
         """Link preprocessed cases that the round before has, the file that says that a case is complete last."""
         for case in cases:
             if (source / f"{case}.pkl").is_file() and not (target / f"{case}.pkl").exists():

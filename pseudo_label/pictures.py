@@ -6,9 +6,11 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
@@ -18,9 +20,10 @@ from nnunet_semiseg.datasets import affine
 from nnunet_semiseg.segmentations import Classes, read_labels, read_voxels
 
 ACCEPTED, REJECTED = "#1b7837", "#b35806"
-COLORS = matplotlib.colormaps["tab20"].colors[::2] + matplotlib.colormaps["tab20"].colors[1::2]
+_TAB20 = [to_hex(matplotlib.colormaps["tab20"](i)) for i in range(20)]
+COLORS = _TAB20[::2] + _TAB20[1::2]
 # Names are shown as they are, "$" included; without a date the same report has the same bytes.
-_STYLE = {"text.parse_math": False, "svg.hashsalt": "report", "font.size": 9}
+_STYLE: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "report", "font.size": 9}
 _STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 BINS = 20
 
@@ -37,7 +40,7 @@ def _uri(figure: Figure, kind: str, dpi: int = 100) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def _chart(width: float, height: float):
+def _chart(width: float, height: float) -> tuple[Figure, Axes]:
     # No layout engine: what it finds may change from call to call, and "tight" cuts the picture to what is in it.
     figure = Figure(figsize=(width, height))
     return figure, figure.add_subplot()
@@ -48,7 +51,7 @@ def histogram(accepted: Sequence[float], rejected: Sequence[float], threshold: f
     with matplotlib.rc_context(_STYLE):
         figure, axis = _chart(5, 2.4)
         low = min([*accepted, *rejected, 0.95 if threshold is None else threshold])
-        bins = np.linspace(np.floor(10 * low) / 10, 1, BINS + 1)
+        bins = np.linspace(np.floor(10 * low) / 10, 1, BINS + 1).tolist()
         labels = [f"accepted ({len(accepted)})", f"rejected ({len(rejected)})"]
         axis.hist([accepted, rejected], bins, stacked=True, color=[ACCEPTED, REJECTED], label=labels)
         if threshold is not None:
@@ -67,7 +70,7 @@ def boxes(values: Mapping[str, Sequence[float]], label: str) -> str:
             # Points of the same value are side by side; the seed makes the same picture each time.
             shift = np.random.default_rng(0).uniform(-0.2, 0.2, len(own))
             axis.plot(at + shift, own, ".", color=COLORS[at % len(COLORS)], markersize=4)
-        turned = {"rotation": 40, "ha": "right"} if len(values) > 5 else {}
+        turned: dict[str, Any] = {"rotation": 40, "ha": "right"} if len(values) > 5 else {}
         axis.set_xticks(range(len(values)), list(values), **turned)
         axis.set_ylabel(label)
         return _uri(figure, "svg+xml")
@@ -78,11 +81,17 @@ def lines(series: Mapping[str, Sequence[float | None]], ticks: Sequence[str], la
     with matplotlib.rc_context(_STYLE):
         figure, axis = _chart(7, 2.6)
         for i, (name, values) in enumerate(series.items()):
-            values = [np.nan if value is None else value for value in values]
-            axis.plot(values, marker="o", markersize=4, linewidth=1, color=COLORS[i % len(COLORS)], label=name)
+            axis.plot(
+                [np.nan if value is None else value for value in values],
+                marker="o",
+                markersize=4,
+                linewidth=1,
+                color=COLORS[i % len(COLORS)],
+                label=name,
+            )
         if mean:
-            values = np.array([[np.nan if v is None else v for v in values] for values in series.values()])
-            axis.plot(values.mean(0), marker="o", color="black", linewidth=2, label="mean")
+            table = np.array([[np.nan if v is None else v for v in values] for values in series.values()])
+            axis.plot(table.mean(0), marker="o", color="black", linewidth=2, label="mean")
         axis.set_xticks(range(len(ticks)), ticks)
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
@@ -107,7 +116,7 @@ def case_picture(
     labels, geometry = read_labels(labels_file, classes.known, reader)
     image, disagreement = (read_voxels(file, geometry.reader)[0][0] for file in (image_file, disagreement_file))
     spacing = geometry.spacing
-    matrix = affine(geometry.properties)
+    matrix = affine(geometry.properties or {})
     if matrix is not None:
         # Rows to the back and slices to the head, so that every plane has its usual side up.
         turn = ornt_transform(io_orientation(matrix), axcodes2ornt("LPS"))

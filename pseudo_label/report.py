@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -31,7 +32,8 @@ def collect(folder: Path) -> dict:
         FileNotFoundError, ValueError: naming the file that is missing or damaged.
     """
     manifest = Manifest.read(folder / "manifest.json")
-    rounds, volumes = [], {}
+    rounds: list[dict] = []
+    volumes: dict[str, dict[str, float]] = {}
     for number, of in enumerate(manifest.rounds):
         found, volumes = _round(folder / f"round_{number}", number, of, volumes)
         rounds.append(found)
@@ -83,7 +85,7 @@ def _round(folder: Path, number: int, of: dict, volumes: dict) -> tuple[dict, di
             for case in sorted(scores, key=lambda case: (-(scores[case].score or 0), case))
         ]
         volumes = volumes | {case: {k: own.volume_mm3 for k, own in s.classes.items()} for case, s in scores.items()}
-    names = next(iter(volumes.values()), {})
+    names: dict[str, float] = next(iter(volumes.values()), {})
     found["volumes_mm3"] = {name: sum(v[name] for v in volumes.values()) / len(volumes) for name in names}
     return found, volumes
 
@@ -134,7 +136,7 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _number(value, digits: int = 3) -> str:
+def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
@@ -143,7 +145,7 @@ def _pictures(folder: Path, content: dict) -> dict:
     rounds, threshold = content["rounds"], content["arguments"]["rules"]["threshold"]
     trained = [of for of in rounds if of["validation_dice"]]
     dice = {m["short"]: [of["validation_dice"][m["name"]] for of in trained] for m in content["members"]}
-    result = {
+    result: dict[str, Any] = {
         "dice": pictures.lines(dice, _ticks(trained), "validation Dice", mean=True) if trained else None,
         "volumes": None,
         "rounds_pictures": [],

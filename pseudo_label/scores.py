@@ -12,6 +12,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -105,7 +106,7 @@ def agreement(overlap: np.ndarray, metric: str = "dice", both_empty: str = "skip
     return result if both_empty == "skip" else np.where(total, result, 1.0)
 
 
-def _mean(values: np.ndarray, axis=None) -> np.ndarray:
+def _mean(values: np.ndarray, axis: int | None = None) -> Any:
     """Mean of what is not NaN; NaN where nothing is left."""
     with np.errstate(invalid="ignore"):
         return np.nansum(values, axis) / np.count_nonzero(~np.isnan(values), axis)
@@ -381,7 +382,7 @@ def _check_out(out: Path, settings: dict, overwrite: bool) -> None:
             )
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {'+'.join(map(str, values))}" for name, values in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -457,7 +458,8 @@ def _read_members(
     case: str, files: list[Path], classes: Classes, reader: type[BaseReaderWriter] | None
 ) -> tuple[list[np.ndarray], list[Geometry]]:
     """The members' label maps of a case, and their geometries, which are the same but for warnings."""
-    labels, geometries = [], []
+    labels: list[np.ndarray] = []
+    geometries: list[Geometry] = []
     for file in files:
         own, geometry = read_labels(file, classes.known, reader)
         if own.ndim not in (2, 3):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pseudo_label.scores import CaseScore
+from pseudo_label.scores import CaseScore, ClassScore
 
 # --annotate chooses among this many times as many of the worst cases, so that they need not all be of one kind.
 ANNOTATE_POOL = 3
@@ -41,7 +41,7 @@ class Rules:
     presence: float | None = None
     may_be_absent: tuple[str, ...] = ()
 
-    def check(self, class_names) -> None:
+    def check(self, class_names: Collection[str]) -> None:
         """Raises ValueError if a rule cannot be applied, naming it."""
         shares = {
             "threshold": self.threshold,
@@ -104,7 +104,7 @@ def select(
         )
     if rules.presence is not None and not labeled:
         raise ValueError("--presence needs the volumes of labeled cases. Score with -d, or with --labeled")
-    required = {} if rules.presence is None else _required(labeled, rules)
+    required = _required(labeled, rules.presence, rules.may_be_absent) if labeled and rules.presence is not None else {}
     lacking = {
         case: tuple(name for name in required if not score.classes[name].volume_mm3) for case, score in scores.items()
     }
@@ -122,19 +122,26 @@ def select(
     return {case: Decision(not found, tuple(found), lacking[case]) for case, found in reasons.items()}
 
 
-def _required(labeled: Mapping[str, Mapping[str, float]], rules: Rules) -> dict[str, str]:
+def _required(
+    labeled: Mapping[str, Mapping[str, float]], presence: float, may_be_absent: Collection[str]
+) -> dict[str, str]:
     """{class that has to be in the consensus: the reason to reject a case without it}."""
     required = {}
     for name in next(iter(labeled.values())):
         having = sum(of[name] > 0 for of in labeled.values())
         # Rounding may lift the product a little above a whole number.
-        if having >= rules.presence * len(labeled) - 1e-9 and name not in rules.may_be_absent:
+        if having >= presence * len(labeled) - 1e-9 and name not in may_be_absent:
             required[name] = f"{name} is absent, but {having} of {len(labeled)} labeled cases have it"
     return required
 
 
-def _best_first(score: CaseScore):
-    return -score.score, score.case
+def _best_first(score: CaseScore) -> tuple[float, str]:
+    return -_value(score), score.case
+
+
+def _value(score: CaseScore | ClassScore) -> float:
+    """The score; below all others where there is none."""
+    return -math.inf if score.score is None else score.score
 
 
 def _reasons(score: CaseScore, rules: Rules, absences: list[str]) -> list[str]:
@@ -150,7 +157,7 @@ def _reasons(score: CaseScore, rules: Rules, absences: list[str]) -> list[str]:
         z, limit = own.volume_zscore, rules.max_volume_zscore
         if limit is not None and z is None:
             found.append(f"the volume of {name} cannot be compared: it is the same in all labeled cases")
-        elif limit is not None and abs(z) > limit:
+        elif limit is not None and z is not None and abs(z) > limit:
             found.append(
                 f"volume of {name} is {z:+.1f} standard deviations from the labeled cases', {limit:g} are allowed"
             )
@@ -166,7 +173,7 @@ def _by_class(candidates: list[CaseScore]) -> list[CaseScore]:
     left = {
         name: sorted(
             (score for score in candidates if score.classes[name].score is not None),
-            key=lambda score: (-score.classes[name].score, score.case),  # noqa: B023 (used at once)
+            key=lambda score: (-_value(score.classes[name]), score.case),  # noqa: B023 (used at once)
         )
         for name in names
     }

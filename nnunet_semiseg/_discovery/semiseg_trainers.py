@@ -7,7 +7,7 @@ again; the classes therefore live in ``nnunet_semiseg.trainers``, which stays im
 import sys
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> type:
     # Also asked for __path__, __file__ and the like; only trainer names are worth the import.
     if not name.startswith("nnUNetTrainer"):
         raise AttributeError(name)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nnunet_semiseg
 from nnunet_semiseg import DISCOVERY_FOLDER
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nnunet_semiseg.datasets import Dataset
 
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -17,7 +25,7 @@ _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 class Report:
     """Prints findings as they come, counts the problems, and keeps which checks could not be made."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.problems = 0
         self.not_checked: list[str] = []
 
@@ -44,13 +52,13 @@ class Report:
         return f"{self.problems} problem(s).{not_checked}"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", help="also check this dataset (id or name)")
     parser.add_argument("-p", "-plans_name", default=None, help="plans to check (default: all of the dataset)")
     parser.add_argument("--trainers", action="store_true", help="list the trainers, and the files that they are in")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     report = Report()
     if args.d:
         _check_dataset(report, args.d, args.p)
@@ -201,17 +209,17 @@ def _check_dataset(report: Report, name_or_id: str, plans_name: str | None) -> N
     _check_plans(report, dataset, names)
 
 
-def _check_labeled_files(report: Report, dataset, images: dict) -> None:
+def _check_labeled_files(report: Report, dataset: Dataset, images: dict) -> None:
     """Names that nnU-Net takes for cases or channels, and label maps that are missing."""
     from nnunet_semiseg.datasets import CaseError, check_there
 
     folder = dataset.raw / "imagesTr"
     for case, files in images.items():
-        for check, arguments in (
-            # How files that dataset.json lists are called does not matter.
-            *([] if "dataset" in dataset.json else [(dataset.check_channels, (case, files, folder))]),
-            (check_there, (dataset.labeled_files[case][1],)),
-        ):
+        checks: list[tuple[Callable, tuple]] = [(check_there, (dataset.labeled_files[case][1],))]
+        # How files that dataset.json lists are called does not matter.
+        if "dataset" not in dataset.json:
+            checks.insert(0, (dataset.check_channels, (case, files, folder)))
+        for check, arguments in checks:
             try:
                 check(*arguments)
             except CaseError as error:
@@ -226,7 +234,7 @@ def _check_labeled_files(report: Report, dataset, images: dict) -> None:
         )
 
 
-def _hides_labels(dataset) -> bool:
+def _hides_labels(dataset: Dataset) -> bool:
     """Whether a fold of splits_final.json withholds labels, so that the dataset needs no imagesUn."""
     from nnunet_semiseg.data.splits import all_hidden_cases
 
@@ -237,7 +245,7 @@ def _hides_labels(dataset) -> bool:
         return False
 
 
-def _check_images(report: Report, dataset, images: dict, plans_name: str) -> None:
+def _check_images(report: Report, dataset: Dataset, images: dict, plans_name: str) -> None:
     """Read every image once: damage, content that occurs twice, spacing, orientation and intensities."""
     import numpy as np
     from tqdm import tqdm
@@ -309,7 +317,7 @@ def _check_images(report: Report, dataset, images: dict, plans_name: str) -> Non
             )
 
 
-def _spacing_warning(report: Report, dataset, spacing) -> str | None:
+def _spacing_warning(report: Report, dataset: Dataset, spacing: np.ndarray) -> str | None:
     try:
         return dataset.spacing_warning(spacing)
     except (ValueError, OSError) as error:
@@ -318,7 +326,7 @@ def _spacing_warning(report: Report, dataset, spacing) -> str | None:
         return None
 
 
-def _check_plans(report: Report, dataset, names: list[str]) -> None:
+def _check_plans(report: Report, dataset: Dataset, names: list[str]) -> None:
     from nnunet_semiseg.data.splits import hidden_cases, read_splits
     from nnunet_semiseg.data.unlabeled import check_store, store_folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import zipfile
@@ -12,7 +13,7 @@ from nnunet_semiseg import checkpoints
 _FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-i", required=True, help="model folder: <nnUNet_results>/<Dataset>/<Trainer>__<Plans>__<Config>"
     )
@@ -21,7 +22,7 @@ def add_arguments(parser):
     parser.add_argument("--zip", action="store_true", help="write a zip for nnUNetv2_install_pretrained_model_from_zip")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     source, target = Path(args.i), Path(args.o)
     if args.zip and target.suffix != ".zip":
         target = target.with_name(target.name + ".zip")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 from nnunet_semiseg.datasets import Dataset, dataset_name
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, help="dataset id or name")
     parser.add_argument("-features", type=int, default=16, help="features of the first stage (default %(default)s)")
     parser.add_argument("-memory", type=float, default=0.5, help="memory target in GB, sets the patch size")
@@ -13,7 +15,7 @@ def add_arguments(parser):
     parser.add_argument("-plans_name", default="nnUNetPlans_cpu", help="name of the plans (default %(default)s)")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from nnunet_semiseg.cpu_planner import CPUPlanner
 
     name = dataset_name(args.d)

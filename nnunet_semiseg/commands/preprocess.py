@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name
 from nnunet_semiseg.parallel import add_processes_argument
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, help="dataset id or name")
     parser.add_argument(
         "-c",
@@ -25,7 +26,7 @@ def add_arguments(parser):
     parser.add_argument("--overwrite", action="store_true", help="redo cases that are already done")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     dataset = Dataset(dataset_name(args.d))
     plans = dataset.plans(args.p)
     images = dataset.images("imagesUn")
@@ -62,7 +63,9 @@ def run(args) -> int:
     return 0
 
 
-def _preprocess(dataset: Dataset, args, configuration_name: str, store: Path, images: dict) -> list[str]:
+def _preprocess(
+    dataset: Dataset, args: argparse.Namespace, configuration_name: str, store: Path, images: dict
+) -> list[str]:
     """Preprocess what is missing in ``store``; returns one line for each case that failed."""
     plans = dataset.plans(args.p)
     if args.overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from datetime import datetime
 
@@ -10,7 +11,7 @@ from nnunet_semiseg.datasets import Dataset, dataset_name
 from nnunet_semiseg.files import write_json
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, help="dataset id or name")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--labeled", type=int, metavar="N", help="labeled training cases in each fold")
@@ -20,7 +21,7 @@ def add_arguments(parser):
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file; a copy of it is kept")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     if args.labeled is not None and args.labeled < 1:
         raise ValueError(f"--labeled {args.labeled}: at least one case has to be labeled")
     if args.folds < 1:

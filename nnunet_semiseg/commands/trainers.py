@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import textwrap
 
+from nnunet_semiseg.trainers.frame import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import ScheduleOptions, described
 from nnunet_semiseg.trainers.registry import TRAINERS
 
 _COLUMNS = ("name", "type", "default", "valid", "meaning")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="TRAINER", help="only these trainers")
     pages = parser.add_mutually_exclusive_group()
     pages.add_argument("--markdown", action="store_true", help="as in docs/trainers.md")
     pages.add_argument("--overview", action="store_true", help="as in the README: a line for each trainer")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     unknown = [name for name in args.names if name not in TRAINERS]
     if unknown:
         raise ValueError(f"There is no trainer {unknown[0]}. There are {', '.join(TRAINERS)}")
@@ -26,11 +28,11 @@ def run(args) -> None:
     print(overview(chosen) if args.overview else markdown(chosen) if args.markdown else plain(chosen), end="")
 
 
-def _summary(trainer) -> str:
-    return inspect.getdoc(trainer).split("\n\n")[0].replace("\n", " ")
+def _summary(trainer: type) -> str:
+    return (inspect.getdoc(trainer) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def _presets(options_class) -> str:
+def _presets(options_class: type) -> str:
     presets = getattr(options_class, "PRESETS", {})
     return "".join(
         f"`preset={name}`: {', '.join(f'`{k}={v}`' for k, v in values.items())}.\n\n"
@@ -38,8 +40,8 @@ def _presets(options_class) -> str:
     )
 
 
-def _markdown_table(options_class) -> str:
-    def cell(text):
+def _markdown_table(options_class: type) -> str:
+    def cell(text: str) -> str:
         return text.replace("|", "\\|")
 
     rows = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
@@ -50,7 +52,7 @@ def _markdown_table(options_class) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _facts(trainer) -> str:
+def _facts(trainer: type[SemiSupervisedTrainer]) -> str:
     source = f"Source: {trainer.paper.citation}." if trainer.paper else ""
     corrected = f" Corrected here: {trainer.corrected}." if trainer.corrected else ""
     return f"{source}{corrected}\n\n" if source or corrected else ""
@@ -80,7 +82,7 @@ def markdown(trainers: dict) -> str:
 def plain(trainers: dict) -> str:
     """The table as printed on a terminal."""
 
-    def table(options_class):
+    def table(options_class: type) -> str:
         rows = described(options_class)
         widths = {c: max(len(row[c]) for row in rows) for c in _COLUMNS[:-1]}
         return "".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Literal
 
 import cc3d
 import numpy as np
@@ -25,7 +26,7 @@ def keep_largest_components(hard: torch.Tensor, labels: LabelAdapter) -> torch.T
     """
     # A copy whose channels can be written to in place, whatever the layout of the input.
     array = np.array(hard.cpu(), np.uint8 if labels.has_regions else np.uint16, order="C")
-    connectivity = 8 if array.ndim == 4 else 26
+    connectivity: Literal[8, 26] = 8 if array.ndim == 4 else 26
     parents = labels.parents if labels.has_regions else [[]]
     # Outer regions first.
     for sample, k in product(array, sorted(range(len(parents)), key=lambda k: len(parents[k]))):

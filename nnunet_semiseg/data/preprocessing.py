@@ -77,7 +77,17 @@ def preprocess_cases(
     return failures
 
 
-def _preprocess_case(name, plans_name, configuration_name, case, files, label, unfinished, folder, usual) -> list[str]:
+def _preprocess_case(
+    name: str,
+    plans_name: str,
+    configuration_name: str,
+    case: str,
+    files: list[Path],
+    label: Path | None,
+    unfinished: str | Path,
+    folder: Path,
+    usual: str | None,
+) -> list[str]:
     """One case, from its images to its three files under their final names. Returns warnings."""
     dataset = Dataset(name)
     plans = dataset.plans(plans_name)

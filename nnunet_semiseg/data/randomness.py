@@ -76,7 +76,7 @@ class RandomStream:
         _set_cpu_state(self._state)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._state = _cpu_state()
         _set_cpu_state(self._outside)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +172,9 @@ class SignedDistanceTransform(SegOnlyTransform):
         self.spacing = _check_scale(spacing, max_distance)
         self.max_distance = max_distance
 
-    def _apply_to_segmentation(self, segmentation: torch.Tensor | list[torch.Tensor], **params) -> list[torch.Tensor]:
+    def _apply_to_segmentation(
+        self, segmentation: torch.Tensor | list[torch.Tensor], **params: Any
+    ) -> list[torch.Tensor]:
         targets = list(segmentation) if isinstance(segmentation, (list, tuple)) else [segmentation]
         masks, ignored = self._masks(targets[0])
         distance = signed_distance(masks, self.spacing, self.max_distance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -46,7 +47,7 @@ def make_splits(
     result = []
     for fold, split in enumerate(generate_crossval_split(others, seed=seed, n_splits=splits)[:folds]):
         train = sorted(str(case) for case in split["train"])
-        if labeled_cases:
+        if labeled_cases or num_labeled is None:
             labeled = fixed
         else:
             if num_labeled > len(train):
@@ -105,7 +106,7 @@ def _number_of_folds(splits: list[dict]) -> str:
     return f"{len(splits)} fold{'s' if len(splits) > 1 else ''}"
 
 
-def check_fold(splits_file: Path, fold: int | str) -> dict | None:
+def check_fold(splits_file: Path, fold: int | Literal["all"]) -> dict | None:
     """Refuse a fold whose training would see labels that other folds hide.
 
     nnU-Net trains fold ``all`` on every label, and a fold that the file lacks on a random 80 percent of them.
@@ -160,12 +161,13 @@ def all_hidden_cases(splits_file: Path, folds: list[int] | None = None) -> set[s
     if not splits_file.is_file():
         return set()
     splits = read_splits(splits_file)
-    if folds is not None:
-        splits = choose_folds(splits_file, splits, folds).values()
-    return {case for split in splits for case in split.get("unlabeled", [])}
+    chosen = splits if folds is None else choose_folds(splits_file, splits, folds).values()
+    return {case for split in chosen for case in split.get("unlabeled", [])}
 
 
-def check_trained_on(splits_file: Path, fold: int | str, cases: Iterable[str], checkpoint: Path, cure: str) -> None:
+def check_trained_on(
+    splits_file: Path, fold: int | Literal["all"], cases: Iterable[str], checkpoint: Path, cure: str
+) -> None:
     """Refuse weights that have learned from labels which a fold now keeps from training.
 
     Args:
@@ -193,7 +195,7 @@ def check_trained_on(splits_file: Path, fold: int | str, cases: Iterable[str], c
             raise ValueError(f"{checkpoint} was trained on {found[0]}, {what.format(fold, splits_file)}. {cure}")
 
 
-def hidden_cases(splits_file: Path, fold: int | str, known: list[str]) -> list[str]:
+def hidden_cases(splits_file: Path, fold: int | Literal["all"], known: list[str]) -> list[str]:
     """The cases whose labels ``fold`` must not see, after a check of the whole fold.
 
     Args:
@@ -209,9 +211,9 @@ def hidden_cases(splits_file: Path, fold: int | str, known: list[str]) -> list[s
     if split is None:
         return []
     hidden = split.get("unlabeled", [])
-    known = set(known)
+    there = set(known)
     for key in ("train", "val", "unlabeled"):
-        unknown = [case for case in split.get(key, []) if case not in known]
+        unknown = [case for case in split.get(key, []) if case not in there]
         if unknown:
             raise ValueError(
                 f"{splits_file}, fold {fold}: '{key}' names {unknown[0]}, which is not preprocessed"

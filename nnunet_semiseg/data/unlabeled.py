@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
@@ -85,7 +86,7 @@ class ForegroundLocations:
 
     def __init__(self, file: str | os.PathLike):
         self.file = Path(file)
-        self._stamp = None
+        self._stamp: tuple[int, int] | None = None
         self._rows: dict[str, np.ndarray] = {}
 
     def of(self, identifier: str) -> dict:
@@ -144,7 +145,7 @@ class UnlabeledDataset(nnUNetBaseDataset):
         self.identifiers = sorted(self._source_of)
         self.locations = locations
 
-    def load_case(self, identifier: str):
+    def load_case(self, identifier: str) -> tuple[np.ndarray, np.ndarray, None, dict]:
         """(data, zeros, None, properties), as nnU-Net's datasets return it; data is (C, Z, Y, X), lazily read."""
         data, *_ = self._source_of[identifier].load_case(identifier)
         # A view of a single zero: no memory, and cropping works as for any array.
@@ -153,7 +154,7 @@ class UnlabeledDataset(nnUNetBaseDataset):
         return data, no_segmentation, None, {"class_locations": locations}
 
     @staticmethod
-    def save_case(data, seg, properties, output_filename_truncated):
+    def save_case(data: np.ndarray, seg: np.ndarray, properties: dict, output_filename_truncated: str) -> None:
         raise NotImplementedError("unlabeled cases are written by `nnunet_semiseg preprocess`")
 
     @staticmethod
@@ -168,12 +169,12 @@ class UnlabeledDataLoader(nnUNetDataLoader):
     of a random class that the network predicts in the case.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, probabilistic_oversampling=True, **kwargs)
         # With an ignore label nnU-Net crops around annotated voxels; here nothing is annotated.
         self.has_ignore = False
 
-    def generate_train_batch(self):
+    def generate_train_batch(self) -> dict:
         """{weak, strong: (B, C, *) float32, keys: the cases}."""
         batch = super().generate_train_batch()
         weak, strong = batch["data"].chunk(2, dim=1)

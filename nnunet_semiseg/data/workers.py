@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+# Of a loader: in this process, or in others.
+Augmenter = SingleThreadedAugmenter | MultiThreadedAugmenter
 
 
 class _SeededLoader:
     """A loader that seeds torch's and Python's generators in its process; batchgenerators seeds NumPy's alone."""
 
-    def __init__(self, loader, seeds: list[int]):
+    def __init__(self, loader: nnUNetDataLoader, seeds: list[int]):
         self.loader = loader
         self.seeds = seeds
 
@@ -25,14 +30,14 @@ class _SeededLoader:
         random.seed(self.seeds[thread_id])
         self.loader.set_thread_id(thread_id)
 
-    def __iter__(self):
+    def __iter__(self) -> _SeededLoader:
         return self
 
-    def __next__(self):
+    def __next__(self) -> dict:
         return next(self.loader)
 
 
-def augmenter(loader, seeds: list[int], pin_memory: bool = False):
+def augmenter(loader: nnUNetDataLoader, seeds: list[int], pin_memory: bool = False) -> Augmenter:
     """An iterator over a loader's batches, drawn by one process for each seed.
 
     The processes take turns, so that the seeds decide which batch is the n-th one; nnU-Net's own augmenter hands out
@@ -51,7 +56,7 @@ def augmenter(loader, seeds: list[int], pin_memory: bool = False):
 
 
 @contextmanager
-def no_workers():
+def no_workers() -> Iterator[None]:
     """Inside, nnU-Net makes data loaders without processes of its own."""
     variable = "nnUNet_n_proc_DA"
     before = os.environ.get(variable)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -10,7 +12,7 @@ def beta_side(dimensions: int, alpha: float) -> float:
     return float(torch.distributions.Beta(alpha, alpha).sample()) ** (1 / dimensions)
 
 
-def random_cuboid(shape, fraction: float) -> torch.Tensor:
+def random_cuboid(shape: Sequence[int], fraction: float) -> torch.Tensor:
     """A mask that is True inside a cuboid (2D: a rectangle) at a random place.
 
     Args:

@@ -93,6 +93,9 @@ class PrototypeMemory(nn.Module):
         momentum: 0 keeps nothing: the batch's own prototypes.
     """
 
+    means: torch.Tensor
+    known: torch.Tensor
+
     def __init__(self, num_problems: int, num_classes: int, num_features: int, momentum: float):
         super().__init__()
         self.momentum = momentum
@@ -110,7 +113,7 @@ class PrototypeMemory(nn.Module):
             return batch, present
         old, known = self.means[problem].clone(), self.known[problem].clone()
 
-        def mixed(new, present):
+        def mixed(new: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
             new = torch.where(known[:, None], self.momentum * old + (1 - self.momentum) * new, new)
             return torch.where(present[:, None], new, old)
 

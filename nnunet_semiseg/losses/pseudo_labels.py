@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,6 +13,11 @@ from nnunetv2.utilities.helpers import softmax_helper_dim1
 from torch.nn.functional import binary_cross_entropy_with_logits as binary_ce
 
 from nnunet_semiseg.labels import LabelAdapter
+from nnunet_semiseg.networks.features import Outputs
+
+# Of (logits, hard, weight); the other of a network's output, with the others at full resolution.
+VoxelLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+OutputLoss = Callable[[Outputs, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class WeightedSegmentationLoss:
@@ -54,7 +61,7 @@ class WeightedSegmentationLoss:
         total = weight.sum()
         if total == 0 and not (self.dice.ddp and self.dice.batch_dice):
             return logits.sum() * 0.0
-        loss = 0.0
+        loss = logits.new_zeros(())
         if self.ce_weight > 0:
             total = total.clamp(min=1e-8)
             if not self.has_regions:
@@ -81,15 +88,15 @@ class DeeplySupervised:
         weight_factors: One weight per resolution, full resolution first.
     """
 
-    def __init__(self, loss, weight_factors):
+    def __init__(self, loss: VoxelLoss, weight_factors: Iterable[float]):
         self.loss = loss
         self.weight_factors = tuple(weight_factors)
 
-    def __call__(self, outputs, hard: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, outputs: Outputs, hard: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``outputs``: a network's output, a list with deep supervision; the others at full resolution."""
-        if not isinstance(outputs, (list, tuple)):
+        if isinstance(outputs, torch.Tensor):
             return self.loss(outputs, hard, weight)
-        total = 0.0
+        total = hard.new_zeros((), dtype=torch.float32)
         for factor, logits in zip(self.weight_factors, outputs):
             if factor == 0:
                 continue
@@ -98,7 +105,7 @@ class DeeplySupervised:
         return total
 
 
-def _nearest(tensor: torch.Tensor, size) -> torch.Tensor:
+def _nearest(tensor: torch.Tensor, size: torch.Size) -> torch.Tensor:
     """Resampled as nnU-Net resamples its targets for deep supervision; the type stays."""
     if tensor.shape[2:] == size:
         return tensor

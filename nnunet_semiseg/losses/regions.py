@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from nnunet_semiseg.losses.pseudo_labels import OutputLoss
+from nnunet_semiseg.networks.features import Outputs
+
 URL, CRL, NONE = "url", "crl", "none"
 
 
@@ -20,7 +23,7 @@ class RegionLoss:
         region_normalized: See above.
     """
 
-    def __init__(self, loss, region_normalized: bool):
+    def __init__(self, loss: OutputLoss, region_normalized: bool):
         self.loss, self.region_normalized = loss, region_normalized
 
     def weights(self, uncertain: torch.Tensor, favored: str, alpha: float, valid: torch.Tensor) -> torch.Tensor:
@@ -30,8 +33,14 @@ class RegionLoss:
         return torch.where(uncertain if favored == URL else ~uncertain, 1.0, alpha) * valid
 
     def __call__(
-        self, outputs, hard: torch.Tensor, uncertain: torch.Tensor, favored: str, alpha: float, valid: torch.Tensor
-    ):
+        self,
+        outputs: Outputs,
+        hard: torch.Tensor,
+        uncertain: torch.Tensor,
+        favored: str,
+        alpha: float,
+        valid: torch.Tensor,
+    ) -> torch.Tensor:
         """
         Args:
             outputs: The network's output.

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+
+# Of a network: logits, or with deep supervision those of each resolution, full resolution first.
+Outputs = torch.Tensor | Sequence[torch.Tensor]
 
 
 def check_is_unet(network: nn.Module) -> None:
@@ -18,11 +27,13 @@ def check_is_unet(network: nn.Module) -> None:
         )
 
 
-def forward_with_features(unet: nn.Module, x: torch.Tensor, dropout: float = 0.0):
+def forward_with_features(
+    unet: PlainConvUNet | ResidualEncoderUNet, x: torch.Tensor, dropout: float = 0.0
+) -> tuple[Outputs, torch.Tensor]:
     """What ``unet(x)`` returns, and the features that its full-resolution segmentation layer reads.
 
     Args:
-        unet: PlainConvUNet or ResidualEncoderUNet.
+        unet: One that ``check_is_unet`` lets pass.
         x: (B, channels, *) input.
         dropout: Probability of dropping an element of the bottleneck features and of the last features (CoraNet,
             section IV.D, puts its Monte Carlo dropout there). 0 leaves the network as it is.
@@ -45,6 +56,6 @@ def forward_with_features(unet: nn.Module, x: torch.Tensor, dropout: float = 0.0
     return (outputs if decoder.deep_supervision else outputs[0]), x
 
 
-def full_resolution(output) -> torch.Tensor:
+def full_resolution(output: Outputs) -> torch.Tensor:
     """The full-resolution logits of a network's output, with or without deep supervision."""
-    return output[0] if isinstance(output, (list, tuple)) else output
+    return output if isinstance(output, torch.Tensor) else output[0]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
+
+if TYPE_CHECKING:
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
 
 class FeatureHead(nn.Sequential):
@@ -15,12 +20,12 @@ class FeatureHead(nn.Sequential):
         num_outputs: Output channels.
     """
 
-    def __init__(self, unet: nn.Module, num_outputs: int):
+    def __init__(self, unet: PlainConvUNet | ResidualEncoderUNet, num_outputs: int):
         encoder = unet.encoder
         features = encoder.output_channels[0]
         # A quarter of the features: two heads of full width would add half of the U-Net's own cost.
         width = max(8, features // 4)
-        block = dict(
+        block: dict[str, Any] = dict(
             conv_op=encoder.conv_op,
             output_channels=width,
             kernel_size=encoder.kernel_sizes[0],

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 
 class OptionError(ValueError):
     """An unknown option or a value that it does not take; the message lists what is valid."""
 
 
-def option(default, meaning: str, *, low=None, high=None, choices: tuple | None = None):
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
     """A dataclass field that a trainer name can set.
 
     Args:
@@ -44,7 +51,7 @@ class ScheduleOptions:
     save_every: int = option(50, "epochs between two checkpoint_latest", low=1)
 
 
-def described(options_class) -> list[dict]:
+def described(options_class: type) -> list[dict]:
     """One row per option: name, type, default, meaning and the valid values, for tables and messages."""
     rows = []
     for field in dataclasses.fields(options_class):
@@ -67,7 +74,7 @@ def described(options_class) -> list[dict]:
     return rows
 
 
-def _summary(classes) -> str:
+def _summary(classes: Iterable[type]) -> str:
     return ", ".join(
         f"{row['name']} ({row['type']}, default {row['default']}{', ' + row['valid'] if row['valid'] else ''})"
         for options_class in classes
@@ -94,11 +101,11 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 def _converted(field: dataclasses.Field, text: str) -> Any:
     """``text`` as the field's type; raises OptionError outside its range or choices."""
-    kind = type(field.default)
+    kind: Callable[[str], Any] = type(field.default)
     try:
         value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise OptionError(f"{field.name}={text} is not of type {kind.__name__}") from None
+        raise OptionError(f"{field.name}={text} is not of type {type(field.default).__name__}") from None
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     if choices and value not in choices:
         raise OptionError(f"{field.name}={text} is not one of {', '.join(choices)}")
@@ -113,7 +120,7 @@ def _converted(field: dataclasses.Field, text: str) -> Any:
 SETTING = re.compile(r"_(?:(?P<epochs>\d+)epochs|(?P<name>[A-Za-z]\w*?)=(?P<value>.+?))(?=_\d+epochs|_[A-Za-z]\w*=|$)")
 
 
-def parse_suffix(suffix: str, options_class) -> tuple[dict, dict]:
+def parse_suffix(suffix: str, options_class: type) -> tuple[dict, dict]:
     """Read the part of a trainer's name that follows the class name.
 
     Args:
@@ -126,7 +133,8 @@ def parse_suffix(suffix: str, options_class) -> tuple[dict, dict]:
     Raises:
         OptionError: for anything in the suffix that is not a setting, with the valid ones.
     """
-    method, schedule = {}, {}
+    method: dict[str, Any] = {}
+    schedule: dict[str, Any] = {}
     position = 0
     try:
         while position < len(suffix):
@@ -152,7 +160,10 @@ def parse_suffix(suffix: str, options_class) -> tuple[dict, dict]:
     return method, schedule
 
 
-def build_options(options_class, chosen: Mapping[str, Any]):
+Options = TypeVar("Options")
+
+
+def build_options(options_class: type[Options], chosen: Mapping[str, Any]) -> Options:
     """An ``options_class``: its defaults, changed by the chosen preset, changed by what is chosen by name."""
     presets = getattr(options_class, "PRESETS", {})
     preset = presets.get(chosen.get("preset"), {})

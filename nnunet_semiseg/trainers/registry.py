@@ -7,42 +7,53 @@ import importlib
 import inspect
 import os
 import pkgutil
+from collections.abc import Callable
 
 import nnunetv2
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_semiseg.trainers import methods
+from nnunet_semiseg.trainers.frame import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.frame.settings import Settings
 from nnunet_semiseg.trainers.options import SETTING, check_folder_name, parse_suffix
 
 
-def _methods() -> dict[str, type]:
+def _methods() -> dict[str, type[SemiSupervisedTrainer]]:
     """{name: class} of every ``nnUNetTrainer...`` that a file in ``methods`` defines, in the order of their papers."""
-    found = []
+    found: list[type[SemiSupervisedTrainer]] = []
     for file in pkgutil.iter_modules(methods.__path__):
         module = importlib.import_module(f"{methods.__name__}.{file.name}")
         found += [
             trainer
             for name, trainer in inspect.getmembers(module, inspect.isclass)
-            if name.startswith("nnUNetTrainer") and trainer.__module__ == module.__name__
+            if name.startswith("nnUNetTrainer")
+            and trainer.__module__ == module.__name__
+            and issubclass(trainer, SemiSupervisedTrainer)
         ]
-    return {trainer.__name__: trainer for trainer in sorted(found, key=lambda t: (t.paper.year, t.__name__))}
+    return {
+        trainer.__name__: trainer
+        for trainer in sorted(found, key=lambda t: (t.paper.year if t.paper else 0, t.__name__))
+    }
 
 
-TRAINERS: dict[str, type] = _methods()
+TRAINERS: dict[str, type[SemiSupervisedTrainer]] = _methods()
 
-_found: dict[str, type] = {}
+_found: dict[str, type[Settings]] = {}
 
 
 class _Variant(type):
     """The type of classes made from a name with options; pickled as that name, which stands in no module."""
 
 
-copyreg.pickle(_Variant, lambda variant: (find_trainer, (variant.__name__,)))
+def _by_name(variant: _Variant) -> tuple[Callable, tuple[str]]:
+    return find_trainer, (variant.__name__,)
 
 
-def find_trainer(name: str) -> type | None:
+copyreg.pickle(_Variant, _by_name)
+
+
+def find_trainer(name: str) -> type[Settings] | None:
     """The trainer class of that name; the same object whenever it is asked for.
 
     Args:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from pseudo_label.report import write_report
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="WORKDIR", help="the folder that pseudo_label rounds has as -o")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     print(f"Written: {write_report(args.folder)}, and report.json beside it")

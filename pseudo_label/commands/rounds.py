@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pseudo_label.selection import Rules
 DEFAULT_THRESHOLD = 0.9
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, help="dataset id or name, with imagesUn or hidden labels")
     parser.add_argument("-c", required=True, help="configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="plans (default %(default)s)")
@@ -75,7 +76,7 @@ def add_arguments(parser):
     parser.add_argument("--print-only", action="store_true", help="print the command lines, and do nothing")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     dataset = Dataset(dataset_name(args.d))
     rules = read_rules(args, Classes.from_file(dataset.json_file))
     if replace(rules, presence=None, may_be_absent=()) == Rules():
@@ -111,7 +112,7 @@ def run(args) -> None:
     print(f"Next: pseudo_label report {args.o}")
 
 
-def _executor(args):
+def _executor(args: argparse.Namespace):
     if args.executor == "local":
         return LocalExecutor(args.devices)
     parameters = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from nnunet_semiseg.data.splits import all_hidden_cases
@@ -12,7 +13,7 @@ from nnunet_semiseg.segmentations import Classes, find_reader
 from pseudo_label.scores import AGREEMENT, BOTH_EMPTY, CONSENSUS, find_labels, score_members
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-i",
         nargs="+",
@@ -64,7 +65,7 @@ def add_arguments(parser):
     parser.add_argument("--overwrite", action="store_true", help="score again from the start")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     if args.fold is not None and not args.d:
         raise ValueError("--fold needs -d, whose splits_final.json says what a fold hides")
     if args.labeled is not None and not args.labeled.is_dir():
@@ -89,7 +90,7 @@ def run(args) -> None:
         print(f"No member has any foreground in {', '.join(empty)}: no score")
     defined = {case: score.score for case, score in scores.items() if score.score is not None}
     if defined:
-        lowest = min(defined, key=defined.get)
+        lowest = min(defined, key=lambda case: defined[case])
         print(
             f"Mean score of {len(defined)} cases: {sum(defined.values()) / len(defined):.3f}, lowest: "
             f"{defined[lowest]:.3f} ({lowest})"
@@ -97,7 +98,7 @@ def run(args) -> None:
     print(f"Written to {args.o}")
 
 
-def _classes(args) -> tuple[Classes, Path | None, set[str], type | None]:
+def _classes(args: argparse.Namespace) -> tuple[Classes, Path | None, set[str], type | None]:
     """The classes, the folder of the labeled cases' label maps and those of them that are hidden, nnU-Net's reader.
 
     What nothing tells is None.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from nnunet_semiseg.segmentations import Classes
 from pseudo_label.scores import read_labeled_volumes, read_scores
@@ -21,7 +24,7 @@ from pseudo_label.selection_files import (
 DEFAULT_PRESENCE = 0.95
 
 
-def add_rules(parser, meaning: str) -> None:
+def add_rules(parser: argparse.ArgumentParser, meaning: str) -> None:
     """The flags of Rules, which ``rounds`` has as well."""
     rules = parser.add_argument_group("rules", meaning)
     rules.add_argument("--threshold", type=float, metavar="T", help="lowest score (T itself is accepted)")
@@ -68,8 +71,11 @@ def add_rules(parser, meaning: str) -> None:
     )
 
 
-def _pair(kind):
-    def pair(text: str):
+T = TypeVar("T")
+
+
+def _pair(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    def pair(text: str) -> tuple[str, T]:
         name, equals, value = text.rpartition("=")
         if not equals:
             raise ValueError
@@ -86,7 +92,7 @@ def _share_or_off(text: str) -> float | str:
 _share_or_off.__name__ = "share"
 
 
-def read_rules(args, classes: Classes) -> Rules:
+def read_rules(args: argparse.Namespace, classes: Classes) -> Rules:
     """Raises ValueError if a rule cannot be applied."""
     rules = Rules(
         args.threshold,
@@ -105,7 +111,7 @@ def read_rules(args, classes: Classes) -> Rules:
     return rules
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="SCORED", help="folder that pseudo_label score wrote")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of the decisions and label maps")
     add_rules(parser, "a case has to fulfill --presence and all that are given; without any, it needs foreground")
@@ -120,7 +126,7 @@ def add_arguments(parser):
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier selection in OUT")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     classes, scores, labeled = scored_classes(args.i), read_scores(args.i), read_labeled_volumes(args.i)
     # The scores may be of a version that did not check it.
     classes.check_order(args.i / "score.json")
@@ -142,7 +148,7 @@ def run(args) -> None:
     left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
     lacking = {case for case, decision in decisions.items() if decision.lacking}
     chosen = to_annotate(left, args.annotate, lacking) if images is not None else []
-    if chosen:
+    if chosen and images is not None:
         export_for_annotation(args.i, args.o / "annotate", chosen, scores, images, classes)
     write_selection(args.i, args.o, decisions, scores, classes, args.min_agreement)
     accepted = [case for case, decision in decisions.items() if decision.accepted]

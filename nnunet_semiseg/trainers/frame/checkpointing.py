@@ -15,11 +15,12 @@ from nnunet_semiseg.data.randomness import global_state
 from nnunet_semiseg.data.splits import check_trained_on
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.trainers.frame.distributed import gathered
+from nnunet_semiseg.trainers.frame.part import Part
 
 PREVIOUS = "checkpoint_previous.pth"
 
 
-class Checkpointing:
+class Checkpointing(Part):
     """Mixin: nnU-Net's checkpoints with ``semiseg_state`` added, written atomically and read safely."""
 
     def save_checkpoint(self, filename: str) -> None:
@@ -54,7 +55,7 @@ class Checkpointing:
         former = file.with_name(PREVIOUS) if file.name == "checkpoint_latest.pth" else None
         checkpoints.write(checkpoint, file, former)
 
-    def load_checkpoint(self, filename_or_checkpoint) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continue exactly where the checkpoint was written.
 
         A damaged checkpoint is reported, and the newest readable one of the same fold is taken instead.

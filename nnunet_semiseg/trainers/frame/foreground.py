@@ -11,6 +11,7 @@ from nnunet_semiseg.data.unlabeled import (
     ForegroundLocations,
 )
 from nnunet_semiseg.trainers.frame.distributed import gathered
+from nnunet_semiseg.trainers.frame.part import Part
 
 # Predicted foreground: cases predicted anew per epoch, the latest cases that are kept, and voxels per case and class.
 # With 2000 cases and 13 classes that is 2 MB, in memory, in a checkpoint and in the file that the loaders read.
@@ -19,7 +20,7 @@ FOREGROUND_CASES = 200
 FOREGROUND_VOXELS = 50
 
 
-class ForegroundSampling:
+class ForegroundSampling(Part):
     """Mixin: a few unlabeled cases are predicted in each epoch, and voxels of each class remembered."""
 
     @torch.no_grad()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +17,15 @@ from nnunet_semiseg.files import write_csv
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.trainers.frame.distributed import gathered
 from nnunet_semiseg.trainers.frame.panel import plot_panel
+from nnunet_semiseg.trainers.frame.part import Part
 
 _KEY = "semiseg/"
 
 
-class Monitoring:
+class Monitoring(Part):
     """Mixin: nnU-Net's log with more values, a table and a panel beside it."""
 
-    def on_train_epoch_end(self, train_outputs):
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
         values = {name: float(np.mean(v)) for name, v in self._epoch_sums.items()}
         values["non_finite_steps"] = float(self._non_finite_total)
@@ -30,12 +33,12 @@ class Monitoring:
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._log(values)
 
-    def on_validation_epoch_start(self):
+    def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.companions.eval()
 
     @contextlib.contextmanager
-    def _as_network(self, network: nn.Module):
+    def _as_network(self, network: nn.Module) -> Iterator[None]:
         """nnU-Net's own code, run on another network than the student."""
         student, self.network = self.network, network
         try:
@@ -43,8 +46,9 @@ class Monitoring:
         finally:
             self.network = student
 
-    def set_deep_supervision_enabled(self, enabled: bool):
-        unwrap(self.network).decoder.deep_supervision = enabled
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        decoder: Any = unwrap(self.network).decoder
+        decoder.deep_supervision = enabled
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's, of the network that predicts; where there is another one, that is counted as well."""
@@ -68,7 +72,7 @@ class Monitoring:
             },
         }
 
-    def on_validation_epoch_end(self, val_outputs):
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
         networks = self.networks
         if len(networks) == 1:
@@ -84,7 +88,7 @@ class Monitoring:
                 dice[f"{other}_val_dice"] = float(np.nanmean(2 * tp / (2 * tp + fp + fn)))
         self._log(dice)
 
-    def on_epoch_end(self):
+    def on_epoch_end(self) -> None:
         logged = self._logged()
         epoch = self.current_epoch
         for name, values in logged.items():
@@ -120,6 +124,6 @@ class Monitoring:
         file = Path(self.output_folder) / "progress_semiseg.csv"
         write_csv(file, ["epoch", *logged], [[epoch, *row] for epoch, row in enumerate(rows)])
 
-    def perform_actual_validation(self, save_probabilities: bool = False):
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         with self._as_network(self.predicting_network()):
             super().perform_actual_validation(save_probabilities)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from nnunet_semiseg.trainers.frame.distributed import gathered
 from nnunet_semiseg.trainers.frame.hooks import Term
+from nnunet_semiseg.trainers.frame.part import Part
 
 # nnU-Net's own value for the student; the companions are clipped apart from it.
 GRADIENT_CLIP = 12
@@ -16,7 +18,7 @@ GRADIENT_CLIP = 12
 MAX_NON_FINITE_STEPS = 20
 
 
-class Step:
+class Step(Part):
     """Mixin: nnU-Net's step with more losses, networks and backward passes."""
 
     def train_step(self, batch: dict) -> dict:
@@ -28,7 +30,7 @@ class Step:
 
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Term] = {}
-        loss = 0.0
+        loss = torch.zeros((), device=self.device)
         for group in self.losses(data, target):
             part = _weighted_sum(group)
             loss = loss + part.detach()
@@ -122,8 +124,5 @@ class Step:
 
 
 def _weighted_sum(terms: dict[str, Term]) -> torch.Tensor:
-    total = None
-    for value, weight in terms.values():
-        weighted = value if weight == 1.0 else weight * value
-        total = weighted if total is None else total + weighted
-    return total
+    weighted = [value if weight == 1.0 else weight * value for value, weight in terms.values()]
+    return functools.reduce(torch.add, weighted)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
 from nnunet_semiseg.data.splits import hidden_cases
 from nnunet_semiseg.data.unlabeled import (
@@ -14,10 +17,12 @@ from nnunet_semiseg.data.unlabeled import (
     store_folder,
 )
 from nnunet_semiseg.data.views import TwoViewTransform
+from nnunet_semiseg.data.workers import Augmenter
 from nnunet_semiseg.trainers.frame.hooks import as_key
+from nnunet_semiseg.trainers.frame.part import Part
 
 
-class Streams:
+class Streams(Part):
     """Mixin: which cases a training may see, and the loaders that draw from them."""
 
     @property
@@ -34,7 +39,7 @@ class Streams:
         known = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
         return hidden_cases(self._splits_file, self.fold, known)
 
-    def do_split(self):
+    def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's, after a check of the fold: labels are read through here, and not otherwise."""
         self._hidden_cases()
         return super().do_split()
@@ -101,13 +106,13 @@ class Streams:
         """The same objects for both streams, so that the unlabeled one knows which to leave out."""
         return list(self.target_transforms())
 
-    def get_training_transforms(self, *args, **kwargs):
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         """nnU-Net's, and what the method adds."""
         transforms = super().get_training_transforms(*args, **kwargs)
         transforms.transforms.extend(self._target_transforms)
         return transforms
 
-    def _unlabeled_loader(self, dataset: UnlabeledDataset):
+    def _unlabeled_loader(self, dataset: UnlabeledDataset) -> Augmenter:
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )

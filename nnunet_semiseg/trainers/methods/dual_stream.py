@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -241,7 +242,7 @@ class nnUNetTrainerDualStream(SemiSupervisedTrainer):
             reliable, unreliable: (B, 1, *) bool.
             own: The network's own hard prediction, which says which prototype an unreliable voxel is drawn to.
         """
-        memory = self.companions[f"prototypes_{name}"]
+        memory = cast(PrototypeMemory, self.companions[f"prototypes_{name}"])
         losses = []
         for problem in range(memory.means.shape[0]):
             classes = memory.means.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -80,7 +81,8 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
     def teacher_mean(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) mean probabilities over the stochastic passes."""
         passes = self.options.passes if self.options.uncertainty else 1
-        return sum(self.labels.probabilities(self.teacher_logits(weak)) for _ in range(passes)) / passes
+        drawn = (self.labels.probabilities(self.teacher_logits(weak)) for _ in range(passes))
+        return functools.reduce(torch.add, drawn) / passes
 
     def certain(self, teacher: torch.Tensor) -> torch.Tensor:
         """(B, 1, *) bool: where the consistency counts."""

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
@@ -13,7 +14,7 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 # Of a loader: in this process, or in others.
-Augmenter = SingleThreadedAugmenter | MultiThreadedAugmenter
+Augmenter: TypeAlias = SingleThreadedAugmenter | MultiThreadedAugmenter
 
 
 class _SeededLoader:

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import nn
-
-from nnunet_semiseg.data.randomness import RandomStream
-from nnunet_semiseg.labels import LabelAdapter
-
 if TYPE_CHECKING:
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Below
+    import numpy as np
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from torch import nn
+
+    from nnunet_semiseg.data.randomness import RandomStream
+    from nnunet_semiseg.labels import LabelAdapter
+
+    class Part(nnUNetTrainer):
+        """A mixin in front of nnU-Net's trainer, whose attributes it uses and whose methods it calls by ``super()``.
+
+        Declared here is what the parts of the frame share. nnU-Net has no types: what is declared neither here nor in
+        the part itself may be nnU-Net's, and is not checked.
+        """
+
+        # Each method states the class of its own.
+        options: Any
+        network: Any
+        labels: LabelAdapter
+        companions: nn.ModuleDict
+        random_stream: RandomStream
+        global_step: int
+        trained_on: set[str]
+        absent_classes: set[str]
+        foreground_locations: dict[str, dict[int, np.ndarray]]
+        _epoch_sums: dict[str, list[float]]
+        _step_monitors: dict[str, torch.Tensor]
+        _unlabeled_keys: list[str]
+        _non_finite_in_a_row: int
+        _non_finite_total: int
+
 else:
-    Below = object
-
-
-class Part(Below):
-    """A mixin in front of nnU-Net's trainer, whose attributes it uses and whose methods it calls by ``super()``.
-
-    Declared here is what the parts of the frame share. nnU-Net has no types: what is declared neither here nor in the
-    part itself may be nnU-Net's, and is not checked.
-    """
-
-    # Each method states the class of its own.
-    options: Any
-    labels: LabelAdapter
-    network: Any
-    companions: nn.ModuleDict
-    random_stream: RandomStream
-    global_step: int
-    trained_on: set[str]
-    absent_classes: set[str]
-    foreground_locations: dict[str, dict[int, np.ndarray]]
-    _epoch_sums: dict[str, list[float]]
-    _step_monitors: dict[str, torch.Tensor]
-    _unlabeled_keys: list[str]
-    _non_finite_in_a_row: int
-    _non_finite_total: int
+    Part = object

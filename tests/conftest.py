@@ -4,6 +4,7 @@ import json
 import locale
 import os
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,37 @@ def splits(prepared, work):
         return file
 
     yield write
+    for file, text in kept.items():
+        file.write_text(text)
+
+
+@pytest.fixture
+def five_stages(prepared, work):
+    """``five_stages(kind, configuration)``: the name of that configuration with two stages more than plan_cpu makes of
+    images as small as these: four outputs with deep supervision. It is in the plans until the test ends."""
+    kept = {}
+
+    def add(kind, configuration):
+        file = work / "preprocessed" / prepared(kind) / "nnUNetPlans_cpu.json"
+        kept.setdefault(file, file.read_text())
+        plans = json.loads(file.read_text())
+        of = deepcopy(plans["configurations"][configuration])
+        architecture, patch = of["architecture"], [*of["patch_size"][:-2], 32, 32]
+        kernels = architecture["arch_kwargs"]["kernel_sizes"]
+        architecture["arch_kwargs"] |= dict(
+            n_stages=5,
+            features_per_stage=[4, 8, 8, 8, 8],
+            kernel_sizes=5 * kernels[:1],
+            strides=[[1] * len(patch), *4 * [[2] * len(patch)]],
+            n_conv_per_stage=[1] * 5,
+            n_conv_per_stage_decoder=[1] * 4,
+        )
+        name = f"{configuration}_5stages"
+        plans["configurations"][name] = dict(inherits_from=configuration, patch_size=patch, architecture=architecture)
+        file.write_text(json.dumps(plans))
+        return name
+
+    yield add
     for file, text in kept.items():
         file.write_text(text)
 

@@ -190,6 +190,21 @@ def test_each_term_trains_the_networks_it_should_and_no_others(started, method, 
         assert not [p for p in trainer.teacher.parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions_ignore", "3d_fullres")])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_makes_steps_with_five_stages(started, five_stages, name, kind, configuration):
+    trainer = started(short(name), kind, five_stages(kind, configuration))
+    batch = next(trainer.dataloader_train)
+    for network in trainer.networks.values():
+        sizes = [output.shape[2:] for output in network(batch["data"])]
+        assert len(sizes) == 4 and sizes == [scale.shape[2:] for scale in batch["target"][:4]]
+    before = flat(trainer.network).clone()
+    train_steps(trainer, 2)
+    assert trainer._non_finite_total == 0
+    assert torch.isfinite(flat(trainer.network)).all() and not torch.equal(flat(trainer.network), before)
+    assert UNLABELED_TERMS & set(trainer._epoch_sums)
+
+
 PRESETS = [(name, preset) for name in TRAINERS for preset in getattr(find_trainer(name).Options, "PRESETS", {})]
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nnunet_semiseg.files import read_table, write_json, write_text
+from nnunet_semiseg.jobs import HEADER
 from nnunet_semiseg.segmentations import find_files
 from nnunet_semiseg.trainers.options import build_options
 from nnunet_semiseg.trainers.registry import find_trainer
 from pseudo_label import pictures
-from pseudo_label.executors import HEADER
 from pseudo_label.manifest import Manifest
 from pseudo_label.rounds import Member
 from pseudo_label.scores import read_labeled_volumes, read_scores

@@ -16,13 +16,14 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.splits import check_trained_on
 from nnunet_semiseg.datasets import CaseError, Dataset
+from nnunet_semiseg.executors import Failure
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.jobs import Job, end_of, lock
 from nnunet_semiseg.parallel import over_cases
 from nnunet_semiseg.segmentations import Classes, read_labels
 from nnunet_semiseg.trainers.frame import SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import MAX_NAME, OptionError, check_folder_name
 from nnunet_semiseg.trainers.registry import find_trainer
-from pseudo_label.executors import Failure, Job, end_of, lock
 from pseudo_label.manifest import Manifest
 from pseudo_label.next_dataset import (
     NextDataset,

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from pseudo_label import executors
-from pseudo_label.executors import Job, LocalExecutor, SlurmExecutor
+from nnunet_semiseg import executors, jobs
+from nnunet_semiseg.executors import LocalExecutor, SlurmExecutor
+from nnunet_semiseg.jobs import HEADER, Job
 
 # Not from conftest: callers, which are processes of their own, import this module, too, and should not wait for torch.
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -64,7 +65,7 @@ def printed_by_caller(folder):
 
 
 def headers(job):
-    return [line for line in job.log.read_text().splitlines() if line.startswith(executors.HEADER)]
+    return [line for line in job.log.read_text().splitlines() if line.startswith(HEADER)]
 
 
 # --------------------------------------------------------------------------------------------------------------- local
@@ -267,7 +268,7 @@ def test_children_of_a_crashed_job_are_ended(tmp_path):
 
 
 def test_processes_that_ignore_sigterm_are_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(executors, "END_SECONDS", 0.5)
+    monkeypatch.setattr(jobs, "END_SECONDS", 0.5)
     job = make_job("job", tmp_path, TRAINING, "stubborn")
 
     def stop():
@@ -284,13 +285,13 @@ def test_processes_that_ignore_sigterm_are_killed(tmp_path, monkeypatch):
 
 def test_a_job_that_runs_on_another_machine_is_left_alone(tmp_path):
     job = make_job("job", tmp_path, RECORD, 0)
-    with executors.lock(job.log.with_name(".job.log.lock")) as held:
-        assert executors.lock(Path(held.name)) is None
+    with jobs.lock(job.log.with_name(".job.log.lock")) as held:
+        assert jobs.lock(Path(held.name)) is None
         # No process has this number.
         held.write("99999999 far-away\n")
         held.flush()
         with pytest.raises(RuntimeError, match="far-away. Run there: kill -- -99999999"):
-            executors.end_processes([Path(held.name)])
+            jobs.end_processes([Path(held.name)])
     # Without the lock the number means nothing.
     assert LocalExecutor(["cpu"]).run([job]) == []
 
@@ -576,7 +577,7 @@ def test_slurm_jobs_that_run_out_of_time_are_tried_again(slow_call):
     printed = printed_by_caller(folder)
     assert code == 0, printed
     assert re.search(r"slow failed \(Slurm job \d+: TIMEOUT\), it is tried again", printed)
-    assert (folder / "logs" / "slow.log").read_text().count(executors.HEADER) == 2
+    assert (folder / "logs" / "slow.log").read_text().count(HEADER) == 2
 
 
 def test_rounds_run_through_slurm(single_machine, prepared, tmp_path, monkeypatch):
@@ -596,7 +597,7 @@ def test_rounds_run_through_slurm(single_machine, prepared, tmp_path, monkeypatc
     # Two trainings in both rounds, and two parts of two members' predictions between them; none of them twice.
     assert len(logs) == 8
     for log in logs:
-        assert log.read_text(encoding="utf-8").count(executors.HEADER) == 1
+        assert log.read_text(encoding="utf-8").count(HEADER) == 1
     content = json.loads((tmp_path / "work" / "manifest.json").read_text())
     assert content["stopped"].startswith("All 1 rounds are done") and len(content["rounds"][1]["accepted"]) == 3
 

@@ -12,9 +12,9 @@ import pytest
 from conftest import ASCII, write_image
 from matplotlib.image import imread
 
+from nnunet_semiseg.jobs import HEADER
 from nnunet_semiseg.segmentations import Classes
 from pseudo_label import cli
-from pseudo_label.executors import HEADER
 from pseudo_label.manifest import Manifest
 from pseudo_label.rounds import Settings
 from pseudo_label.scores import read_scores, score_members

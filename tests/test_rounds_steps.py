@@ -15,7 +15,7 @@ from nnunetv2.paths import nnUNet_results
 
 from nnunet_semiseg import checkpoints, files
 from nnunet_semiseg.datasets import CaseError, Dataset
-from pseudo_label.executors import Failure
+from nnunet_semiseg.executors import Failure
 from pseudo_label.next_dataset import free_ids, release_id, reserve_id, used_ids
 from pseudo_label.rounds import Rounds, Settings
 from pseudo_label.selection import Rules

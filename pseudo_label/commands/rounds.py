@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnunet_semiseg.datasets import Dataset, dataset_name
+from nnunet_semiseg.executors import LocalExecutor, SlurmExecutor
 from nnunet_semiseg.parallel import add_processes_argument
 from nnunet_semiseg.segmentations import Classes
 from pseudo_label.commands.select import add_rules, read_rules
-from pseudo_label.executors import LocalExecutor, SlurmExecutor
 from pseudo_label.rounds import Rounds, Settings
 from pseudo_label.scores import AGREEMENT, CONSENSUS
 from pseudo_label.selection import Rules

@@ -1,4 +1,4 @@
-"""Runs jobs, which are command lines with a log each: in local processes, one on each device, or on a SLURM cluster.
+"""Runs jobs in local processes, one on each device, or on a SLURM cluster.
 
 Both executors take the same jobs, go on after a failure, and continue when the same jobs are given again after the
 caller was killed. Linux and macOS.
@@ -6,65 +6,33 @@ caller was killed. Linux and macOS.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import re
 import secrets
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
 from nnunet_semiseg.files import read_json, write_json, write_text
+from nnunet_semiseg.jobs import POLL_SECONDS, Job, end_processes, exit_reason, lock, shown, signals_raise, start, tail
 
-# Begins the line that a job's log has before the output of each attempt.
-HEADER = "=== job "
-TAIL_LINES = 10
-POLL_SECONDS = 0.2
-# How long processes have to end after SIGTERM, and again after SIGKILL.
-END_SECONDS = 15.0
 SLURM_POLL_SECONDS = 10.0
 # How long a Slurm job may be unknown to squeue without an exit code before it counts as failed: files appear late on
 # network file systems, and some clusters' squeue answers from a cache.
 GONE_SECONDS = 60.0
 # Slurm's final states, except those after which it may start the job again by itself (NODE_FAIL, PREEMPTED).
 SLURM_ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "DEADLINE"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A command line.
-
-    Args:
-        name: Different for each job of a call.
-        command: Program and arguments, without ``-device``, which the executor adds.
-        log: File that gets what the command prints, after a line with the time and the command; every attempt is added.
-        environment: Variables that the command gets beside those of this process.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    log: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def line(self) -> str:
-        """The command as a line for a shell."""
-        variables = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        return " ".join([*variables, shlex.join(self.command)])
 
 
 @dataclass(frozen=True)
@@ -85,69 +53,7 @@ class Failure:
     tail: str
 
     def __str__(self):
-        return f"{self.job.name} failed ({self.reason}). {_shown(self.log, self.tail)}"
-
-
-# ------------------------------------------------------------------------------------------------- locks and processes
-
-
-def lock(file: Path) -> TextIO | None:
-    """The open file with a lock on it, or None if another process has it. The lock lasts as long as the file is open.
-
-    Raises:
-        OSError: if the file system has no locks.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    stream = open(file, "a+", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        return None
-    except OSError as error:
-        stream.close()
-        raise OSError(f"{file} cannot be locked ({error.strerror}). Use a file system that has locks (flock)") from None
-    return stream
-
-
-def _is_locked(file: Path) -> bool:
-    if not file.exists():
-        return False
-    stream = lock(file)
-    if stream is not None:
-        stream.close()
-    return stream is None
-
-
-def end_processes(lock_files: Iterable[Path]) -> None:
-    """End the process groups whose numbers are in the files, those of which a process has the lock on its file.
-
-    That is how a command is found whose caller was killed. The lock makes sure that the number is still that group's.
-
-    Raises:
-        RuntimeError: naming the group, if it runs on another machine or does not end.
-    """
-    lock_files = list(lock_files)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        told = set()
-        deadline = time.monotonic() + END_SECONDS
-        while held := [file for file in lock_files if _is_locked(file)]:
-            for file in held:
-                # The first thing that a command does is to write its group and machine into the file.
-                group, _, host = file.read_text().strip().partition(" ")
-                if not host or file in told:
-                    continue
-                if host != socket.gethostname():
-                    raise RuntimeError(f"The job of {file} still runs on {host}. Run there: kill -- -{group}")
-                with suppress(ProcessLookupError):
-                    os.killpg(int(group), number)
-                told.add(file)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        else:
-            return
-    raise RuntimeError(f"The processes of {held[0]} do not end. End them by hand; the file has their group's number")
+        return f"{self.job.name} failed ({self.reason}). {shown(self.log, self.tail)}"
 
 
 @contextmanager
@@ -162,83 +68,12 @@ def _alone(folders: Iterable[Path]):
         yield
 
 
-@contextmanager
-def _signals_raise():
-    """SIGTERM and SIGHUP raise SystemExit as Ctrl-C raises KeyboardInterrupt; what nohup ignores stays ignored."""
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _path(environment: Mapping[str, str]) -> str:
-    """nnU-Net's commands lie beside this interpreter, even where its environment is not activated."""
-    return f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
-
-
-def _start(job: Job, prefix: Sequence[str] = (), **options) -> subprocess.Popen:
-    """Start a job's command; its output is added to the log.
-
-    Args:
-        prefix: Put before the command.
-        options: Of Popen.
-    """
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    # Unbuffered, so that a process that is killed has written all it had to say.
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **job.environment}
-    with open(job.log, "ab") as log:
-        begin = "\n" if log.tell() else ""
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        log.write(f"{begin}{HEADER}{job.name} on {socket.gethostname()}, {now}: {job.line}\n".encode())
-        log.flush()
-        return subprocess.Popen(
-            [*prefix, *job.command],
-            env={**environment, "PATH": _path(environment)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            **options,
-        )
-
-
-def end_of(log: Path) -> str:
-    """The end of a log, as it is shown with an error."""
-    return _shown(log, _tail(log))
-
-
-def _shown(log: Path, tail: str) -> str:
-    return "\n    ".join([f"The end of {log}:", *(tail.splitlines() or ["(nothing)"])])
-
-
-def _tail(log: Path) -> str:
-    """The last lines that the latest attempt has written."""
-    if not log.is_file():
-        return ""
-    with open(log, "rb") as stream:
-        stream.seek(max(0, log.stat().st_size - 2**16))
-        lines = stream.read().decode(errors="replace").splitlines()
-    begin = max((i for i, line in enumerate(lines) if line.startswith(HEADER)), default=-1) + 1
-    return "\n".join([line for line in lines[begin:] if line.strip()][-TAIL_LINES:])
-
-
-def _exit_reason(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"exit code {exit_code}"
-    memory = ", as happens when memory runs out" if exit_code == -signal.SIGKILL else ""
-    return f"ended by {signal.Signals(-exit_code).name}{memory}"
-
-
 def _check(jobs: Sequence[Job]) -> None:
     twice = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]
     if twice:
         raise ValueError(f"Two jobs are called {twice[0]}. Give them different names")
     for job in jobs:
-        if shutil.which(job.command[0], path=_path({**os.environ, **job.environment})) is None:
-            raise FileNotFoundError(f"There is no {job.command[0]}. Install nnU-Net where {sys.executable} is")
+        job.check_program()
 
 
 def _bar(jobs: Sequence[Job]) -> tqdm:
@@ -349,14 +184,14 @@ class LocalExecutor:
         waiting = deque(jobs)
         running: dict[int, tuple[Job, subprocess.Popen]] = {}
         failures: dict[str, Failure] = {}
-        with _alone(job.log.parent for job in jobs), _signals_raise(), _bar(jobs) as bar:
+        with _alone(job.log.parent for job in jobs), signals_raise(), _bar(jobs) as bar:
             try:
                 end_processes(lock_files)
                 while waiting or running:
                     for slot, device in enumerate(self.devices):
                         if waiting and slot not in running:
                             job = waiting.popleft()
-                            running[slot] = job, self._start(self._on(device, job))
+                            running[slot] = job, start(self._on(device, job), self._lock_file(job))
                     _show(bar, ", ".join(f"{running[slot][0].name}: {self.devices[slot]}" for slot in running))
                     time.sleep(POLL_SECONDS)
                     for slot, (job, process) in list(running.items()):
@@ -367,23 +202,13 @@ class LocalExecutor:
                         self._lock_file(job).unlink()
                         del running[slot]
                         if process.returncode:
-                            reason = _exit_reason(process.returncode)
-                            failures[job.name] = Failure(job, process.returncode, reason, job.log, _tail(job.log))
+                            reason = exit_reason(process.returncode)
+                            failures[job.name] = Failure(job, process.returncode, reason, job.log, tail(job.log))
                             _say(f"{job.name} failed ({reason}): {job.log}")
                         bar.update()
             finally:
                 end_processes(lock_files)
         return [failures[job.name] for job in jobs if job.name in failures]
-
-    def _start(self, job: Job) -> subprocess.Popen:
-        """Start a job in a process group of its own, which has a lock for as long as any process of it lives."""
-        file = self._lock_file(job)
-        with lock(file) as held:
-            held.truncate(0)
-            # The command's own process writes its number, so that there is one even if this process is killed now.
-            script = 'echo "$$ $1" > "$0" && shift && exec "$@"'
-            prefix = ["/bin/sh", "-c", script, str(file), socket.gethostname()]
-            return _start(job, prefix, pass_fds=[held.fileno()], start_new_session=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- SLURM
@@ -415,7 +240,7 @@ def run_in_slurm(job: Job, exit_file: Path) -> None:
     """What a Slurm job does: run a command with its log, as a local one, and leave the exit code in a file."""
     # Of an earlier start, if Slurm has started the job again.
     exit_file.unlink(missing_ok=True)
-    exit_code = _start(job).wait()
+    exit_code = start(job).wait()
     write_text(exit_file, f"{exit_code}\n")
     # Slurm is to know, too, that it failed.
     sys.exit(exit_code)
@@ -498,7 +323,7 @@ class SlurmExecutor:
         _check(jobs)
         _check_slurm()
         by_name = {job.name: job for job in jobs}
-        with _alone([self.folder]), _signals_raise(), _bar(jobs) as bar:
+        with _alone([self.folder]), signals_raise(), _bar(jobs) as bar:
             end_processes(_left_lock_files(jobs))
             self._continue(by_name)
             try:
@@ -620,7 +445,7 @@ class SlurmExecutor:
         import submitit
 
         jobs = [self._with_device(job) for job in jobs]
-        batch = f"pseudo_label-{secrets.token_hex(4)}"
+        batch = f"nnunet_semiseg-{secrets.token_hex(4)}"
         for index, job in enumerate(jobs):
             before = self._attempts.get(job.name)
             if before:
@@ -668,13 +493,13 @@ class SlurmExecutor:
 
     def _failure(self, job: Job, attempt: _Attempt, state: str, exit_code: int | None) -> Failure:
         if exit_code is not None and state in ("FAILED", ""):
-            reason = _exit_reason(exit_code)
+            reason = exit_reason(exit_code)
         else:
             reason = state or "it left the queue without an exit code"
         # Where the command did not start or could not end, Slurm's output is the one that says why.
         own = exit_code is not None or attempt.id is None
         log = job.log if own else self.folder / "submitit" / f"{attempt.id}_0_log.out"
-        return Failure(job, exit_code, f"Slurm job {attempt.id}: {reason}", log, _tail(log))
+        return Failure(job, exit_code, f"Slurm job {attempt.id}: {reason}", log, tail(log))
 
     def _exit_file(self, attempt: _Attempt) -> Path:
         return self.folder / f"{attempt.batch}_{attempt.index}.exit"

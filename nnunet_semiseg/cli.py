@@ -36,6 +36,10 @@ COMMANDS = {
         "nnunet_semiseg.commands.compare",
         "test whether models differ, by their evaluations on the same cases",
     ),
+    "benchmark": (
+        "nnunet_semiseg.commands.benchmark",
+        "train methods on the same few labels, side by side with nnU-Net, and write what each one gains",
+    ),
     "export": ("nnunet_semiseg.commands.export", "turn a trained model into a plain nnU-Net model folder"),
 }
 

@@ -1,8 +1,9 @@
-"""scripts/benchmark.py: folds, refusals, a matrix that is killed and continued, and its report."""
+"""``nnunet_semiseg benchmark``: folds, refusals, a matrix that is killed and continued, and its report."""
 
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,14 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, REPOSITORY, TWO_PHASES
+from conftest import LABELS, TWO_PHASES
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import benchmark  # noqa: E402
-from nnunetv2.utilities.label_handling.label_handling import LabelManager  # noqa: E402
-
-from nnunet_semiseg import checkpoints  # noqa: E402
-from nnunet_semiseg.labels import LabelAdapter  # noqa: E402
+from nnunet_semiseg import checkpoints, cli
+from nnunet_semiseg.benchmark.processes import Child, OutOfTime
+from nnunet_semiseg.benchmark.quality import Scorer, Snapshots, class_dice
+from nnunet_semiseg.benchmark.records import QUALITY, QUALITY_COLUMNS, RECORD, read_quality, update_record
+from nnunet_semiseg.benchmark.report import draw_quality
+from nnunet_semiseg.benchmark.runs import Benchmark
+from nnunet_semiseg.benchmark.suite import make_folds
+from nnunet_semiseg.files import write_csv, write_json, write_text
+from nnunet_semiseg.jobs import Job, lock
+from nnunet_semiseg.labels import LabelAdapter
 
 CASES = [f"case_{i}" for i in range(10)]
 NAME = "Dataset811_bench"
@@ -65,11 +71,11 @@ def write(tmp_path):
 
 
 def main(*arguments):
-    return benchmark.main([str(argument) for argument in arguments])
+    return cli.main(["benchmark", *map(str, arguments)])
 
 
 def folds(budgets, validation=("case_0", "case_1"), all_labels=True, more=False, seed=1):
-    return benchmark.make_folds(CASES, list(validation), budgets, seed, all_labels, more)
+    return make_folds(CASES, list(validation), budgets, seed, all_labels, more)
 
 
 # Folds
@@ -179,11 +185,11 @@ def test_splits_that_are_cut_off_are_named(dataset, write, capsys, validation):
 
 
 def test_results_on_other_cases_are_refused(dataset, write, work, capsys):
-    run = benchmark.Benchmark(write(), "cpu").runs[0]
-    benchmark.update_record(run.fold, split={"train": ["lab_00"], "val": ["lab_05"], "unlabeled": []})
+    run = Benchmark(write(), "cpu").runs[0]
+    update_record(run.fold, split={"train": ["lab_00"], "val": ["lab_05"], "unlabeled": []})
     assert main(write()) == 2
     assert f"{run.fold} was made by a benchmark with other cases" in capsys.readouterr().err
-    (run.fold / benchmark.RECORD).unlink()
+    (run.fold / RECORD).unlink()
     (run.fold / "checkpoint_best.pth").touch()
     assert main(write()) == 2
     assert "holds a training that this benchmark did not start" in capsys.readouterr().err
@@ -212,7 +218,7 @@ def test_gpu_profile_uses_cuda_and_stops_after_nine_minutes(dataset, write, monk
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     left = []
-    monkeypatch.setattr(benchmark.Benchmark, "run", lambda self, until: left.append(until - time.monotonic()) or 3)
+    monkeypatch.setattr(Benchmark, "run", lambda self, until: left.append(until - time.monotonic()) or 3)
     assert main(file, "--profile", "gpu") == main(file, "--profile", "gpu", "--minutes", "2") == 3
     assert main(file) == 3
     assert [round(seconds / 60) for seconds in left[:2]] == [9, 2] and left[2] == float("inf")
@@ -223,9 +229,9 @@ def test_gpu_profile_uses_cuda_and_stops_after_nine_minutes(dataset, write, monk
 
 def test_a_matrix_that_is_killed_continues(dataset, write, tmp_path, capsys):
     file = write()
-    runs = benchmark.Benchmark(file, "cpu").runs
+    runs = Benchmark(file, "cpu").runs
     process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "scripts" / "benchmark.py"), str(file)], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "nnunet_semiseg.cli", "benchmark", str(file)], stdout=subprocess.DEVNULL
     )
     deadline = time.time() + 300
     while not (runs[0].fold / "snapshots" / "epoch_001.pth").is_file():
@@ -241,7 +247,7 @@ def test_a_matrix_that_is_killed_continues(dataset, write, tmp_path, capsys):
     for run in runs:
         assert (run.fold / "run.log").read_text().count(": Epoch 0") == 1
         assert not (run.fold / "snapshots").exists()
-        quality = benchmark.read_quality(run.fold)
+        quality = read_quality(run.fold)
         assert {row[:3] for row in quality} == {
             (epoch, network, name)
             for epoch in (1, 2)
@@ -276,7 +282,7 @@ def test_a_matrix_that_is_killed_continues(dataset, write, tmp_path, capsys):
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(dataset, write, monkeypatch, capsys):
     failing = [sys.executable, "-c", "print('no luck'); raise SystemExit(4)"]
-    monkeypatch.setattr(benchmark.Benchmark, "command", lambda self, run: failing)
+    monkeypatch.setattr(Benchmark, "command", lambda self, run: failing)
     assert main(write()) == 1
     printed = capsys.readouterr().out
     assert printed.count("FAILED: exit code 4") == printed.count("    no luck\n") == 2
@@ -285,7 +291,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(dataset, write, monke
 def test_a_run_that_gets_nowhere_in_a_whole_call_fails(dataset, write, monkeypatch, capsys):
     # Of the two runs, each call's first one has all of its time; it is tried last in the next call.
     endless = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(benchmark.Benchmark, "command", lambda self, run: endless)
+    monkeypatch.setattr(Benchmark, "command", lambda self, run: endless)
     file = write()
     for first in ("vanilla", BCP):
         assert main(file, "--minutes", 0.02) == 3
@@ -294,8 +300,18 @@ def test_a_run_that_gets_nowhere_in_a_whole_call_fails(dataset, write, monkeypat
     assert main(file, "--minutes", 0.02) == 3
 
 
+def test_a_plain_kill_stops_as_ctrl_c_does(dataset, write, monkeypatch, capsys):
+    endless = [sys.executable, "-c", "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"]
+    monkeypatch.setattr(Benchmark, "command", lambda self, run: endless)
+    assert main(write()) == 130
+    assert "interrupted. The same command continues\nReport: " in capsys.readouterr().out
+    with lock(dataset / "benchmark_training.lock"):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_one_benchmark_at_a_time(dataset, write, capsys):
-    with benchmark._lock(dataset / "benchmark.lock"):
+    with lock(dataset / "benchmark.lock"):
         assert main(write()) == 2
     assert "Another benchmark of Dataset811_bench is running" in capsys.readouterr().err
 
@@ -303,20 +319,20 @@ def test_one_benchmark_at_a_time(dataset, write, capsys):
 def test_a_stopped_command_leaves_no_process(tmp_path):
     # A worker that a training leaves behind.
     code = "import os, time; pid = os.fork(); print(pid or 'worker', flush=True); time.sleep(600)"
-    child = benchmark.Child([sys.executable, "-c", code], tmp_path / "log", tmp_path / "lock", "cpu")
+    child = Child(Job("job", (sys.executable, "-c", code), tmp_path / "log"), tmp_path / "lock", "cpu")
 
     def look():
-        if "worker" in (tmp_path / "log").read_text():
+        if "worker" in (tmp_path / "log").read_text().splitlines():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         child.wait(time.monotonic() + 60, look)
     assert child.exit_code == -15
     # The worker had inherited the lock.
-    with benchmark._lock(tmp_path / "lock"):
+    with lock(tmp_path / "lock"):
         pass
-    with pytest.raises(benchmark.OutOfTime):
-        benchmark.Child(["sleep", "600"], tmp_path / "log", tmp_path / "lock", "cpu").wait(time.monotonic())
+    with pytest.raises(OutOfTime):
+        Child(Job("job", ("sleep", "600"), tmp_path / "log"), tmp_path / "lock", "cpu").wait(time.monotonic())
 
 
 @pytest.mark.parametrize("device, chosen, expected", [("cpu", None, "f"), ("cpu", "t", "t"), ("cuda", None, None)])
@@ -324,22 +340,23 @@ def test_a_cpu_training_is_not_compiled_unless_wanted(device, chosen, expected, 
     monkeypatch.delenv("nnUNet_compile")
     if chosen:
         monkeypatch.setenv("nnUNet_compile", chosen)
-    command = [sys.executable, "-c", "import os; print(os.environ.get('nnUNet_compile'))"]
-    benchmark.Child(command, tmp_path / "log", tmp_path / "lock", device).wait(float("inf"))
-    assert (tmp_path / "log").read_text().strip() == str(expected)
+    command = (sys.executable, "-c", "import os; print(os.environ.get('nnUNet_compile'))")
+    Child(Job("job", command, tmp_path / "log"), tmp_path / "lock", device).wait(float("inf"))
+    header, *printed = (tmp_path / "log").read_text().splitlines()
+    assert header.startswith("=== job job on ") and printed == [str(expected)]
 
 
 @pytest.mark.parametrize(
     "epochs, kept", [(50, [3, 5, 8, 10, 13, 15, 18, 20, 23, 25, 28, 30, 33, 35, 38, 40, 43, 45, 48]), (4, [1, 2, 3])]
 )
 def test_snapshots_are_evenly_spaced_and_outlive_the_checkpoint(epochs, kept, tmp_path):
-    snapshots = benchmark.Snapshots(tmp_path, epochs)
+    snapshots = Snapshots(tmp_path, epochs)
     snapshots.look()
     # The last epoch is in checkpoint_final.
     for epoch in range(1, epochs):
         checkpoints.write({"current_epoch": epoch}, tmp_path / "checkpoint_latest.pth")
         if epoch == 6:
-            snapshots = benchmark.Snapshots(tmp_path, epochs)
+            snapshots = Snapshots(tmp_path, epochs)
         snapshots.look()
         snapshots.look()
     files = sorted((tmp_path / "snapshots").iterdir())
@@ -358,7 +375,7 @@ def test_every_network_that_segments_is_scored(make_trainer, work):
     for name, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
         (model.parent / f"{name}.json").write_text(json.dumps(content))
     preprocessed = work / "preprocessed" / "Dataset801_labels"
-    scorer = benchmark.Scorer(model, preprocessed, ["lab_03"], "cpu")
+    scorer = Scorer(model, preprocessed, ["lab_03"], "cpu")
     checkpoint = checkpoints.read(model / "checkpoint_final.pth")
     found = {name: scorer.dice(weights, plans) for name, weights, plans in scorer.networks(checkpoint)}
     assert set(found) == {"student", "second"}
@@ -383,7 +400,7 @@ def test_every_network_that_segments_is_scored(make_trainer, work):
 
 
 def test_the_student_is_scored_where_the_teacher_predicts():
-    scorer = object.__new__(benchmark.Scorer)
+    scorer = object.__new__(Scorer)
     scorer.plans = {}
     teacher = {"teacher.module.w": "average", "teacher._extra_state": {"updates": 1}}
     state = {"student": {"w": "student"}, "companions": teacher, "options": {}}
@@ -397,11 +414,11 @@ def test_dice_of_labels_regions_and_ignored_voxels():
     truth = np.array([[[[0, 1, 1, 2, 3, -1]]]])
     labels = LabelAdapter(LabelManager({"background": 0, "a": 1, "b": 2, "ignore": 3}, None))
     a = np.array([[[[0, 1, 0, 0, 1, 0]]], [[[0, 0, 0, 0, 1, 0]]]], dtype=bool)
-    assert benchmark.class_dice(a, truth, labels) == [2 / 3, 0]
+    assert class_dice(a, truth, labels) == [2 / 3, 0]
     nothing = np.where(truth == 2, 0, truth)
-    assert np.isnan(benchmark.class_dice(a, nothing, labels)[1])
+    assert np.isnan(class_dice(a, nothing, labels)[1])
     regions = LabelAdapter(LabelManager({"background": 0, "whole": [1, 2], "b": 2, "ignore": 3}, [1, 2]))
-    assert benchmark.class_dice(a, truth, regions) == [2 / 4, 0]
+    assert class_dice(a, truth, regions) == [2 / 4, 0]
 
 
 # The report
@@ -412,19 +429,19 @@ def make_results(runs):
     for i, run in enumerate(runs):
         mean = 0.5 + 0.01 * i + 0.1 * run.seed
         summary = {"foreground_mean": {"Dice": mean}, "mean": {"1": {"Dice": mean + 0.05}, "2": {"Dice": mean - 0.05}}}
-        benchmark.write_text(run.fold / "validation" / "summary.json", json.dumps(summary))
+        write_json(run.fold / "validation" / "summary.json", summary)
         rows = [(e, n, c, 0.1 * e) for e in (1, 2) for n in ("student", "teacher") for c in ("ball", "core")]
-        benchmark.write_csv(run.fold / benchmark.QUALITY, ["epoch", "network", "class", "dice"], rows)
-        benchmark.write_text(run.fold / "progress_semiseg.csv", "epoch,peak_memory_gib\n0,1.5\n1,2.5\n")
+        write_csv(run.fold / QUALITY, QUALITY_COLUMNS, rows)
+        write_text(run.fold / "progress_semiseg.csv", "epoch,peak_memory_gib\n0,1.5\n1,2.5\n")
 
 
 def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
     file = write(budgets={"one": ["lab_00"], "three": ["lab_00", "lab_01", "lab_02"]}, seeds=[1, 2], all_labels=True)
-    bench = benchmark.Benchmark(file, "cpu")
+    bench = Benchmark(file, "cpu")
     for run in bench.runs:
         memory = {"device": "cuda"} if run.method == "vanilla" else {"device": "cpu", "peak_rss_gib": 0.75}
         split = bench.folds[run.budget]
-        benchmark.update_record(run.fold, split=split, training_minutes=4.0, validation_dice=[0.1, 0.2], **memory)
+        update_record(run.fold, split=split, training_minutes=4.0, validation_dice=[0.1, 0.2], **memory)
     # Seed 1: 0.60, 0.61, 0.62, 0.63, and 0.64 of all labels; seed 2: 0.75, and the others are not done.
     make_results(bench.runs[:6])
     assert main(file, "--report") == 0
@@ -453,11 +470,11 @@ def test_nothing_done_makes_an_empty_report(dataset, write, tmp_path):
 def test_solid_is_the_network_that_labels(dataset, write):
     from matplotlib.figure import Figure
 
-    runs = benchmark.Benchmark(write(), "cpu").runs
+    runs = Benchmark(write(), "cpu").runs
     make_results(runs)
     for run, styles in zip(runs, (["-"], ["-", "--"])):
         axes = Figure().add_subplot()
-        benchmark.draw_quality(axes, [run], {"color": "red", "label": run.method})
+        draw_quality(axes, [run], {"color": "red", "label": run.method})
         assert [line.get_linestyle() for line in axes.lines] == styles
         np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 0.1], [2, 0.2]])
         assert axes.get_legend_handles_labels()[1] == [run.method]

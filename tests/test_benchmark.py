@@ -17,12 +17,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_semiseg import checkpoints, cli
 from nnunet_semiseg.benchmark.processes import Child, OutOfTime
-from nnunet_semiseg.benchmark.quality import Scorer, Snapshots, class_dice
-from nnunet_semiseg.benchmark.records import QUALITY, QUALITY_COLUMNS, RECORD, read_quality, update_record
+from nnunet_semiseg.benchmark.quality import Scorer, Snapshots, class_dice, score
+from nnunet_semiseg.benchmark.records import QUALITY, QUALITY_COLUMNS, RECORD, Run, read_quality, update_record
 from nnunet_semiseg.benchmark.report import draw_quality
 from nnunet_semiseg.benchmark.runs import Benchmark
 from nnunet_semiseg.benchmark.suite import make_folds
-from nnunet_semiseg.files import write_csv, write_json, write_text
+from nnunet_semiseg.files import write_csv, write_json
 from nnunet_semiseg.jobs import Job, lock
 from nnunet_semiseg.labels import LabelAdapter
 
@@ -135,7 +135,8 @@ def test_unknown_validation_case_is_named():
         ({"seeds": [1, 1]}, "'seeds' names something twice"),
         ({"trainers": ["BCB"]}, "There is no trainer 'BCB'. Trainers: vanilla, EntropyMinimization, MeanTeacher"),
         ({"trainers": ["BCP_weight=1"]}, "Trainer 'BCP_weight=1': there is no option 'weight'"),
-        ({"trainers": ["vanilla", "MeanTeacher_consistency_weight=0"]}, "are the same trainer"),
+        ({"trainers": ["vanilla", "nnUNetTrainer"]}, "are the same trainer"),
+        ({"trainers": ["BCP", "nnUNetTrainerBCP"]}, "are the same trainer"),
         ({"dataset": 999}, "There is no dataset 999"),
         ({"plans": "nnUNetPlans"}, "nnUNetPlans.json is missing"),
         ({"configuration": "3d_lowres"}, "has no configuration 3d_lowres. It has 2d"),
@@ -201,8 +202,7 @@ def test_dry_run_writes_nothing(dataset, write, work, capsys):
     assert "Fold 1, all labels: 5 train, 1 val, 0 unlabeled" in printed
     assert "[1/2] BCP, 2 cases, seed 1: to do" in printed
     schedule = "_2epochs_num_iterations_per_epoch=2_num_val_iterations_per_epoch=1_save_every=1_seed=1"
-    vanilla = f"nnUNetTrainerMeanTeacher_consistency_weight=0{schedule}"
-    assert f"nnUNetv2_train {NAME} 2d 1 -tr {vanilla} -p nnUNetPlans_cpu -device cpu\n" in printed
+    assert f"nnUNetv2_train {NAME} 2d 1 -tr nnUNetTrainer{schedule} -p nnUNetPlans_cpu -device cpu\n" in printed
     assert not (dataset / "splits_final.json").exists() and not (work / "results" / NAME).exists()
 
 
@@ -399,6 +399,16 @@ def test_every_network_that_segments_is_scored(make_trainer, work):
     shutil.rmtree(model.parent)
 
 
+def test_minutes_and_memory_are_those_of_all_attempts(tmp_path):
+    times = {"epoch_start_timestamps": [0.0, 500.0], "epoch_end_timestamps": [60.0, 620.0]}
+    log = {**times, "mean_fg_dice": [0.1, 0.2], "semiseg/peak_memory_gib": [float("nan"), 1.5]}
+    checkpoints.write({"logging": log}, tmp_path / "checkpoint_final.pth")
+    update_record(tmp_path, split={"unlabeled": ["lab_03"]}, device="cuda")
+    score(tmp_path, tmp_path, 8, "cpu")
+    run = Run("vanilla", "nnUNetTrainer", "2 cases", 0, 1, tmp_path)
+    assert run.record["training_minutes"] == 3 and run.peak_gib == 1.5
+
+
 def test_the_student_is_scored_where_the_teacher_predicts():
     scorer = object.__new__(Scorer)
     scorer.plans = {}
@@ -432,14 +442,14 @@ def make_results(runs):
         write_json(run.fold / "validation" / "summary.json", summary)
         rows = [(e, n, c, 0.1 * e) for e in (1, 2) for n in ("student", "teacher") for c in ("ball", "core")]
         write_csv(run.fold / QUALITY, QUALITY_COLUMNS, rows)
-        write_text(run.fold / "progress_semiseg.csv", "epoch,peak_memory_gib\n0,1.5\n1,2.5\n")
 
 
 def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
     file = write(budgets={"one": ["lab_00"], "three": ["lab_00", "lab_01", "lab_02"]}, seeds=[1, 2], all_labels=True)
     bench = Benchmark(file, "cpu")
     for run in bench.runs:
-        memory = {"device": "cuda"} if run.method == "vanilla" else {"device": "cpu", "peak_rss_gib": 0.75}
+        gpu, cpu = {"device": "cuda", "peak_gpu_gib": 2.5}, {"device": "cpu", "peak_rss_gib": 0.75}
+        memory = gpu if run.method == "vanilla" else cpu
         split = bench.folds[run.budget]
         update_record(run.fold, split=split, training_minutes=4.0, validation_dice=[0.1, 0.2], **memory)
     # Seed 1: 0.60, 0.61, 0.62, 0.63, and 0.64 of all labels; seed 2: 0.75, and the others are not done.

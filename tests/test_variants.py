@@ -1,6 +1,7 @@
 """Settings in the name of trainers that are not of this package, and methods that users write."""
 
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,38 @@ def test_stock_trainers_take_a_schedule_and_a_seed(make_trainer):
     assert (
         type(other.loss if other.was_initialized else other).__mro__[2].__name__ == "nnUNetTrainerDiceCELoss_noSmooth"
     )
+
+
+def test_a_stock_trainer_killed_while_it_saves_keeps_the_checkpoint_before(make_trainer, monkeypatch):
+    trainer = make_trainer("nnUNetTrainer_3epochs")
+    trainer.initialize()
+    file = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+
+    def killed(content, name):
+        Path(name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", killed)
+        trainer.save_checkpoint(str(file))
+    assert checkpoints.read(file)["current_epoch"] == 1
+    assert [p.name for p in file.parent.glob("*check*")] == [file.name]
+    trainer.disable_checkpointing = True
+    file.unlink()
+    trainer.save_checkpoint(str(file))
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainer", "nnUNetTrainerMeanTeacher"])
+def test_peak_memory_of_the_gpu_is_logged_and_continues(name, make_trainer, monkeypatch):
+    trainer = make_trainer(name + SHORT)
+    trainer.initialize()
+    monkeypatch.setattr(trainer, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    trainer.current_epoch = 1
+    trainer.on_train_epoch_end([{"loss": np.ones(())}])
+    np.testing.assert_equal(trainer.logger.get_checkpoint()["semiseg/peak_memory_gib"], [np.nan, 1.5])
 
 
 def test_nnunets_own_names_win():

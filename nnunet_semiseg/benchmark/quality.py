@@ -26,6 +26,7 @@ from nnunet_semiseg.benchmark.records import (
 from nnunet_semiseg.files import read_json, write_csv
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.networks.second import second_plans
+from nnunet_semiseg.trainers.frame.settings import LOG_KEY, PEAK_MEMORY
 from nnunet_semiseg.trainers.registry import find_trainer
 
 # Checkpoints of a run whose pseudo labels are scored.
@@ -104,7 +105,7 @@ class Scorer:
 
     def networks(self, checkpoint: dict):
         """Yield name, weights and plans of every network in it that segments."""
-        state = checkpoint[checkpoints.STATE_KEY]
+        state = checkpoint.get(checkpoints.STATE_KEY, {"companions": {}})
         yield "student", state.get("student", checkpoint["network_weights"]), self.plans
         for name, prefix in (("teacher", "teacher.module."), ("second", "second.")):
             companions = state["companions"].items()
@@ -204,4 +205,6 @@ def score(fold: Path, preprocessed: Path, num_cases: int, device: str) -> None:
     # The logger is part of the checkpoint, so that an epoch counts once, however often the run was stopped.
     seconds = sum(end - start for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"]))
     curve = [float(dice) for dice in log["mean_fg_dice"]]
-    update_record(fold, training_minutes=float(seconds) / 60, validation_dice=curve)
+    memory = log.get(LOG_KEY + PEAK_MEMORY)
+    peak = {"peak_gpu_gib": float(np.nanmax(memory))} if memory else {}
+    update_record(fold, training_minutes=float(seconds) / 60, validation_dice=curve, **peak)

@@ -86,10 +86,4 @@ class Run:
     @property
     def peak_gib(self) -> float | None:
         """On CUDA what the trainer logs, on the CPU the resident memory of the training process."""
-        if self.record.get("device") != "cuda":
-            return self.record.get("peak_rss_gib")
-        with suppress(FileNotFoundError):
-            rows = read_table(self.fold / "progress_semiseg.csv")
-            values = [float(row["peak_memory_gib"]) for row in rows if row.get("peak_memory_gib")]
-            return max(values, default=None)
-        return None
+        return self.record.get("peak_gpu_gib" if self.record.get("device") == "cuda" else "peak_rss_gib")

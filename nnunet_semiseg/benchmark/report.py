@@ -181,7 +181,8 @@ def draw_quality(axes, runs: list[Run], look: dict) -> None:
             found[network][epoch].append(dice)
     if not found:
         return
-    by_student = runs[0].method == VANILLA or find_trainer(runs[0].trainer).labeled_by == "student"
+    # Only methods of this package have others.
+    by_student = getattr(find_trainer(runs[0].trainer), "labeled_by", "student") == "student"
     order = ("student",) if by_student else ("teacher", "second", "student")
     labeling = next(network for network in order if network in found)
     for network in dict.fromkeys((labeling, "student")):

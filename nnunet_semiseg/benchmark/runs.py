@@ -27,8 +27,6 @@ from nnunet_semiseg.trainers.options import OptionError
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
 
 PREFIX = "nnUNetTrainer"
-# Equals nnU-Net's own trainer bit for bit, and takes the same schedule options as the others.
-VANILLA_TRAINER = "MeanTeacher_consistency_weight=0"
 
 
 class Benchmark:
@@ -100,7 +98,7 @@ class Benchmark:
         """
         s = self.suite
         name = (
-            f"{PREFIX}{VANILLA_TRAINER if method == VANILLA else method.removeprefix(PREFIX)}_{s.epochs}epochs"
+            f"{PREFIX}{'' if method == VANILLA else method.removeprefix(PREFIX)}_{s.epochs}epochs"
             f"_num_iterations_per_epoch={s.iterations}_num_val_iterations_per_epoch={s.val_iterations}"
             f"_save_every=1_seed={seed}"
         )

@@ -16,6 +16,7 @@ from nnunet_semiseg.data.splits import check_trained_on
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.trainers.frame.distributed import gathered
 from nnunet_semiseg.trainers.frame.part import Part
+from nnunet_semiseg.trainers.frame.settings import Settings
 
 PREVIOUS = "checkpoint_previous.pth"
 
@@ -32,7 +33,8 @@ class Checkpointing(Part):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        checkpoint = checkpoints.as_written_by(super().save_checkpoint)
+        # Not that of Settings, which wants a file.
+        checkpoint = checkpoints.as_written_by(super(Settings, self).save_checkpoint)
         state = {
             "version": nnunet_semiseg.__version__,
             "options": asdict(self.options),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import nn
 
@@ -18,20 +17,17 @@ from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.trainers.frame.distributed import gathered
 from nnunet_semiseg.trainers.frame.panel import plot_panel
 from nnunet_semiseg.trainers.frame.part import Part
-
-_KEY = "semiseg/"
+from nnunet_semiseg.trainers.frame.settings import LOG_KEY, log_values
 
 
 class Monitoring(Part):
     """Mixin: nnU-Net's log with more values, a table and a panel beside it."""
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        super().on_train_epoch_end(train_outputs)
         values = {name: float(np.mean(v)) for name, v in self._epoch_sums.items()}
         values["non_finite_steps"] = float(self._non_finite_total)
-        if self.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self._log(values)
+        log_values(self, values)
+        super().on_train_epoch_end(train_outputs)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -86,7 +82,7 @@ class Monitoring(Part):
             tp, fp, fn = np.sum(gathered(counts), 0).astype(float)
             with np.errstate(invalid="ignore"):
                 dice[f"{other}_val_dice"] = float(np.nanmean(2 * tp / (2 * tp + fp + fn)))
-        self._log(dice)
+        log_values(self, dice)
 
     def on_epoch_end(self) -> None:
         logged = self._logged()
@@ -94,7 +90,7 @@ class Monitoring(Part):
         for name, values in logged.items():
             # nnU-Net's logger wants one value per key and epoch.
             if len(values) <= epoch:
-                self._log({name: math.nan})
+                log_values(self, {name: math.nan})
         latest = ", ".join(
             f"{name} {values[epoch]:.4f}" for name, values in logged.items() if np.isfinite(values[epoch])
         )
@@ -107,16 +103,7 @@ class Monitoring(Part):
     def _logged(self) -> dict[str, list[float]]:
         """Our values per epoch, as they stand in nnU-Net's logger."""
         log = self.logger.local_logger.my_fantastic_logging
-        return {key[len(_KEY) :]: values for key, values in log.items() if key.startswith(_KEY)}
-
-    def _log(self, values: dict[str, float]) -> None:
-        """Into nnU-Net's logger, and from there into W&B where a user turned it on; mean over ranks."""
-        ranks = gathered(values)
-        values = {name: float(np.mean([rank[name] for rank in ranks if name in rank])) for name in values}
-        log = self.logger.local_logger.my_fantastic_logging
-        for name, value in values.items():
-            log.setdefault(_KEY + name, [math.nan] * self.current_epoch)
-            self.logger.log(_KEY + name, value, self.current_epoch)
+        return {key[len(LOG_KEY) :]: values for key, values in log.items() if key.startswith(LOG_KEY)}
 
     def _write_csv(self) -> None:
         logged = self._logged()

@@ -7,6 +7,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from nnunet_semiseg.trainers.frame.settings import PEAK_MEMORY
+
 
 def plot_panel(logged: dict[str, list[float]], file: Path) -> None:
     """One panel each for loss terms, their weights, mask utilization and other monitors, and validation Dice.
@@ -18,7 +20,7 @@ def plot_panel(logged: dict[str, list[float]], file: Path) -> None:
     weights = [name for name in logged if name.endswith("_weight")]
     terms = [name for name in ("supervised", *(name[: -len("_weight")] for name in weights)) if name in logged]
     dice = [name for name in logged if name.endswith("_val_dice")]
-    rest = [name for name in logged if name not in (*weights, *terms, *dice, "non_finite_steps", "peak_memory_gib")]
+    rest = [name for name in logged if name not in (*weights, *terms, *dice, "non_finite_steps", PEAK_MEMORY)]
     panels = [
         ("loss term (unweighted)", terms),
         ("weight", weights),

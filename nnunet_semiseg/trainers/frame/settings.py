@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +15,24 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunet_semiseg.data.randomness import seed_everything
 from nnunet_semiseg.data.views import fix_transform_arithmetic
 from nnunet_semiseg.data.workers import augmenter, no_workers
+from nnunet_semiseg.trainers.frame.distributed import gathered
 from nnunet_semiseg.trainers.options import build_options, check_folder_name, option
 
 # The loaders of a training.
 STREAMS = ("labeled", "validation", "unlabeled")
+# Begins the names of our values in nnU-Net's logger.
+LOG_KEY = "semiseg/"
+PEAK_MEMORY = "peak_memory_gib"
+
+
+def log_values(trainer, values: dict[str, float]) -> None:
+    """Into nnU-Net's logger, and from there into W&B where a user turned it on; mean over ranks."""
+    ranks = gathered(values)
+    values = {name: float(np.mean([rank[name] for rank in ranks if name in rank])) for name in values}
+    log = trainer.logger.local_logger.my_fantastic_logging
+    for name, value in values.items():
+        log.setdefault(LOG_KEY + name, [math.nan] * trainer.current_epoch)
+        trainer.logger.log(LOG_KEY + name, value, trainer.current_epoch)
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,10 @@ class SeedOptions:
 
 
 class Settings:
-    """Mixin in front of an nnU-Net trainer: its name sets nnU-Net's schedule attributes and a seed."""
+    """Mixin in front of an nnU-Net trainer: its name sets nnU-Net's schedule attributes and a seed.
+
+    Its checkpoints are whole, whenever it is killed, and its log has the peak of the GPU's memory.
+    """
 
     Options = SeedOptions
     # Set by the class that a name with options makes (registry.find_trainer).
@@ -97,3 +117,20 @@ class Settings:
             entropy = (self.options.seed, self.local_rank, self.current_epoch, STREAMS.index(stream))
         seeds = [int(seed) for seed in np.random.SeedSequence(entropy).generate_state(processes)]
         return augmenter(loader, seeds, pin_memory=self.device.type == "cuda")
+
+    def on_train_epoch_end(self, train_outputs):
+        super().on_train_epoch_end(train_outputs)
+        if self.device.type == "cuda":
+            log_values(self, {PEAK_MEMORY: torch.cuda.max_memory_allocated(self.device) / 2**30})
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's, which writes into the file: a training killed meanwhile would have nothing to continue from."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        temporary = Path(f"{filename}.tmp")
+        try:
+            super().save_checkpoint(str(temporary))
+            os.replace(temporary, filename)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import torch
 from conftest import REPOSITORY, SHORT, make_case, write_image
 
 from nnunet_semiseg import checkpoints, cli
+from nnunet_semiseg.commands.trainers import step_cost
 from nnunet_semiseg.trainers.options import described
 from nnunet_semiseg.trainers.registry import TRAINERS
 
@@ -32,11 +33,22 @@ def test_the_readme_has_a_line_for_each_trainer(capsys):
     assert capsys.readouterr().out in (REPOSITORY / "README.md").read_text(), "run: nnunet_semiseg trainers --overview"
 
 
+@pytest.mark.parametrize(
+    "method, expected",
+    [("EntropyMinimization", 2), ("MeanTeacher", 2.33), ("UAMT", 4.67), ("CPS", 4.67), ("DTML", 4), ("DualStream", 6.5)],
+)
+def test_cost_of_a_step_is_near_the_measured_one(method, expected):
+    assert step_cost(TRAINERS[f"nnUNetTrainer{method}"]) == pytest.approx(expected, abs=0.01)
+    table = (REPOSITORY / "docs" / "results.md").read_text().split("## Cost of a step")[1].split("\n## ")[0]
+    row = next(line for line in table.splitlines() if line.startswith(f"| {method}") and line.count("|") == 6)
+    assert step_cost(TRAINERS[f"nnUNetTrainer{method}"]) == pytest.approx(float(row.split("|")[3]), rel=0.06)
+
+
 def test_table_of_trainers_has_every_option(capsys):
     assert cli.main(["trainers"]) == 0
     printed = capsys.readouterr().out
     for name, trainer in TRAINERS.items():
-        assert name in printed
+        assert name in printed and trainer.use_when in printed
         for row in described(trainer.Options):
             assert row["name"] in printed and row["meaning"] in printed
     assert cli.main(["trainers", "nnUNetTrainerNone"]) == 1

@@ -104,6 +104,7 @@ def test_every_method_states_its_facts(name):
     trainer = TRAINERS[name]
     assert trainer.paper.citation and 1990 < trainer.paper.year < 2100
     assert trainer.idea and not trainer.idea.endswith(".") and not trainer.corrected.endswith(".")
+    assert {"idea", "use_when"} <= set(vars(trainer)) and trainer.use_when and not trainer.use_when.endswith(".")
     assert trainer.labeled_by in ("student", "teacher", "second") and trainer.terms
     assert not find_trainer(f"{name}_{trainer.switched_off}").__dict__.get("chosen_schedule")
 

@@ -12,12 +12,17 @@ from nnunet_semiseg.trainers.registry import TRAINERS
 
 _COLUMNS = ("name", "type", "default", "valid", "meaning")
 
+# What a forward pass without a gradient costs, in passes with one.
+_FORWARD = 1 / 3
+# What a second network of the other architecture costs, in passes of the first: a residual encoder beside a plain one.
+_OTHER_ARCHITECTURE = 2
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="TRAINER", help="only these trainers")
     pages = parser.add_mutually_exclusive_group()
     pages.add_argument("--markdown", action="store_true", help="as in docs/trainers.md")
-    pages.add_argument("--overview", action="store_true", help="as in the README: a line for each trainer")
+    pages.add_argument("--overview", action="store_true", help="as in the README: one line per trainer")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,6 +35,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _summary(trainer: type) -> str:
     return (inspect.getdoc(trainer) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _use(trainer: type[SemiSupervisedTrainer]) -> str:
+    return f"Use it {trainer.use_when}. A step takes about {step_cost(trainer):.1f} times as long as nnU-Net's."
 
 
 def _presets(options_class: type) -> str:
@@ -55,13 +64,23 @@ def _markdown_table(options_class: type) -> str:
 def _facts(trainer: type[SemiSupervisedTrainer]) -> str:
     source = f"Source: {trainer.paper.citation}." if trainer.paper else ""
     corrected = f" Corrected here: {trainer.corrected}." if trainer.corrected else ""
-    return f"{source}{corrected}\n\n" if source or corrected else ""
+    return f"{_use(trainer)}\n\n{source}{corrected}\n\n"
+
+
+def step_cost(trainer: type[SemiSupervisedTrainer]) -> float:
+    """What a training step costs, in steps of nnU-Net, estimated from the passes through the networks."""
+    gradient, forward, second_gradient, second_forward = trainer.passes
+    second = _OTHER_ARCHITECTURE if getattr(trainer.Options, "second_network", "") == "other" else 1
+    return gradient + _FORWARD * forward + second * (second_gradient + _FORWARD * second_forward)
 
 
 def overview(trainers: dict) -> str:
     """The table of trainers in the README."""
-    rows = [f"| `{name}` | {trainer.idea} | {trainer.paper.citation} |\n" for name, trainer in trainers.items()]
-    return "| trainer | what it does | source |\n|---|---|---|\n" + "".join(rows)
+    rows = [
+        f"| `{name}` | {trainer.idea} | {step_cost(trainer):.1f} | {trainer.use_when} | {trainer.paper.citation} |\n"
+        for name, trainer in trainers.items()
+    ]
+    return "| trainer | idea | cost | when to use | source |\n|---|---|---|---|---|\n" + "".join(rows)
 
 
 def markdown(trainers: dict) -> str:
@@ -92,9 +111,8 @@ def plain(trainers: dict) -> str:
 
     parts = []
     for name, trainer in trainers.items():
-        parts.append(
-            f"{name}\n{textwrap.indent(textwrap.fill(_summary(trainer), 100), '  ')}\n\n{table(trainer.Options)}"
-        )
+        facts = "\n".join(textwrap.fill(text, 100) for text in (_summary(trainer), _use(trainer)))
+        parts.append(f"{name}\n{textwrap.indent(facts, '  ')}\n\n{table(trainer.Options)}")
     parts.append(f"Every trainer, nnU-Net's schedule (the defaults are nnU-Net's)\n\n{table(ScheduleOptions)}")
     parts.append("\nSet options in the name: -tr nnUNetTrainerCoraNet_100epochs_alpha=10\n")
     return "\n".join(parts)

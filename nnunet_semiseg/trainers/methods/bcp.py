@@ -71,7 +71,7 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
 
     * Labeled patches are also seen as they are (``unmixed``). A network that sees nothing but mixed patches, as the
       paper's, falls back when they come; in short trainings with more than the fewest labels it did not catch up with
-      nnU-Net (docs/results.md).
+      nnU-Net (docs/results_archive.md).
     * Patches are mixed after augmentation, at full resolution; the targets of deep supervision are made from the mixed
       one.
     * Both directions use the whole batch, where the paper's halves of a batch go one way each. Both in one step, they
@@ -80,7 +80,7 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
     * One Dice for a mixed patch, of the foreground classes, as nnU-Net's. The paper has one for each origin
       (``origin_normalized``): slivers of an organ that the cuboid's edge cuts off then count as much as the whole organ
       on the other side.
-    * Labeled patches are not mixed while pretraining; mixing them measured no better (docs/results.md).
+    * Labeled patches are not mixed while pretraining; mixing them measured no better (docs/results_archive.md).
     * An unlabeled patch is centered on predicted foreground with probability 0.33. (nnU-Net's setting of that value
       forces it for a rounded number of the labeled patches: one of a batch of 2, three of 8.) A few cases are predicted
       in each epoch, so that in a short run many have no foreground yet. With ``largest_component`` only that of each
@@ -95,6 +95,7 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
 
     paper = Paper("Bai et al., CVPR 2023", 2023)
     idea = "labeled and unlabeled patches are pasted into each other, with labels and pseudo labels"
+    use_when = "with very few labels and organs in one piece"
     corrected = (
         "the unused consistency weight is left out; phase 2 starts when every class is found; one loss with a "
         "weight for each voxel, because a loss for each origin is ruled by slivers of organs; labeled patches "

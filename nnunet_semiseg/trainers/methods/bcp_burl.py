@@ -29,7 +29,8 @@ class nnUNetTrainerBCPBURL(RegionLearning, nnUNetTrainerBCP):
     """
 
     paper = Paper("Zhou et al. 2025, Eqs. 3-10", 2025)
-    idea = "the same on copy-paste"
+    idea = "BCP whose losses are weighted by certain and uncertain regions"
+    use_when = "to test region weights where BCP works"
     corrected = "as nnUNetTrainerMeanTeacherBURL; pseudo labels keep the host's weight"
     labeled_by = "teacher"
     switched_off = "pretraining=1_labeled_regions=none"

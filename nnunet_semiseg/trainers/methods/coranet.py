@@ -139,14 +139,15 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     * Pseudo labels are the main branch's; the paper's voting among binary networks has nothing to vote on here.
     * Table IV's "seg+mt (mask)" is the mean teacher on the certain region, as its text says.
     * The heads have cost-sensitive Dice beside the cross-entropy (``cost_dice``), as nnU-Net's own loss has Dice: with
-      the cross-entropy alone, the conservative head had found no foreground after 2000 steps (docs/results.md).
+      the cross-entropy alone, the conservative head had found no foreground after 2000 steps (docs/results_archive.md).
     * The heads are a quarter as wide as the features they read (at least 8 channels), and ``head_gradient`` of their
       gradient reaches encoder and decoder. With all of it, two losses out of three ask the shared network for costs
-      that the main branch does not have, and the supervised loss falls behind nnU-Net's (docs/results.md).
+      that the main branch does not have, and the supervised loss falls behind nnU-Net's (docs/results_archive.md).
     """
 
     paper = Paper("Shi et al., IEEE TMI 2021, Eqs. 1-9", 2021)
-    idea = "heads with unequal costs split a patch: pseudo labels where they agree, mean teacher where they do not"
+    idea = "heads with unequal costs split a patch: pseudo labels where they agree, Mean Teacher where they do not"
+    use_when = "to study certain and uncertain regions"
     corrected = (
         "in the conservative head background is the costly class, on labeled and unlabeled data alike (Fig. "
         "1's caption has it the other way round); costs with a mean of 1, sums are means over voxels; one "

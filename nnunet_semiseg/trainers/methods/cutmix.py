@@ -44,7 +44,8 @@ class nnUNetTrainerCutMix(SemiSupervisedTrainer):
     Options = CutMixOptions
     options: CutMixOptions
     paper = Paper("French et al., BMVC 2020; Yun et al., ICCV 2019", 2020)
-    idea = "a moving average labels the weak view; the student learns it on strong views with exchanged boxes"
+    idea = "a moving average labels weak views; the student learns these labels on strong views with swapped boxes"
+    use_when = "first: the best results so far"
     corrected = "hard labels; confidence is a weight, not a threshold; boxes from labeled patches as well"
     labeled_by = "teacher"
     terms = dict(supervised=STUDENT, mixed=STUDENT)

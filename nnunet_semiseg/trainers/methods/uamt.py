@@ -55,7 +55,8 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
     """
 
     paper = Paper("Yu et al., MICCAI 2019", 2019)
-    idea = "mean teacher where the teacher is certain"
+    idea = "Mean Teacher, only where the teacher is certain"
+    use_when = "as a baseline with an uncertainty mask"
     corrected = (
         "the threshold is that of two classes (ln 2), whatever their number, and a percentile can replace it; "
         "the student follows the mean that the entropy is of; noise on the input by default, as nnU-Net has "

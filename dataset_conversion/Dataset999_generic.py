@@ -64,7 +64,7 @@ def cases(download: Download, args: Namespace) -> list[Case]:
     if len(set(names)) < len(names) or len(set(values)) < len(values) or "background" in names:
         raise ValueError("--labels has a class or a value twice, or background, which is 0 in any case")
     if "ignore" in names[:-1]:
-        raise ValueError("--labels: ignore has to be the last, because nnU-Net wants the highest label for it")
+        raise ValueError("--labels: ignore must be the last, because nnU-Net needs the highest label for it")
     by_pattern = not args.csv and any(map(_is_pattern, (*args.images, args.segmentations)))
     result = (_of_table if args.csv else _of_patterns if by_pattern else _of_folders)(download, args)
     if not args.patient:
@@ -89,11 +89,11 @@ def _of_patterns(download: Download, args: Namespace) -> list[Case]:
         raise ValueError(f"{' '.join(patterns)}: ** leaves open how deep the files are. Write * for each folder: */*/")
     for pattern in patterns:
         if not _is_pattern(str(Path(pattern).parent)) and _is_pattern(pattern[-1]):
-            raise ValueError(f"{pattern} has to end in the ending of the files, such as .nii.gz")
+            raise ValueError(f"{pattern} must end with the file ending, such as .nii.gz")
     *channels, labels = (_matching(download, pattern) for pattern in patterns)
     for case in labels:
         if case not in channels[0]:
-            raise ValueError(f"{labels[case]} has no image that is called {args.images[0]}")
+            raise ValueError(f"{labels[case]} has no image named {args.images[0]}")
     for case in channels[0]:
         for found, pattern in zip(channels, args.images):
             if case not in found:
@@ -119,7 +119,7 @@ def _matching(download: Download, pattern: str) -> dict[str, Path]:
                 )
     if not names:
         there = [file.relative_to(root) for root in download.roots for file in root.rglob("*") if not file.is_dir()]
-        raise FileNotFoundError(f"{download} has nothing that is called {pattern}. {holds(there)}")
+        raise FileNotFoundError(f"{download} has nothing named {pattern}. {holds(there)}")
     return names
 
 
@@ -177,7 +177,7 @@ def _of_folders(download: Download, args: Namespace) -> list[Case]:
         channels.setdefault(cases_of.get(name, name), []).append(file)
     alone = sorted(set(found) - set(channels))
     if alone:
-        raise ValueError(f"{found[alone[0]]} has no image in {images}. Images are called, e.g., {next(iter(files))}")
+        raise ValueError(f"{found[alone[0]]} has no image in {images}. Images are named, e.g., {next(iter(files))}")
     return [Case(name, name, tuple(files), found.get(name)) for name, files in channels.items()]
 
 

@@ -113,7 +113,9 @@ class Download:
                     waiting += self._archives(root)
             except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
                 reason = str(error).partition("\n")[0]
-                raise ValueError(f"{archive} is damaged, or no such archive ({reason}). Download it again") from None
+                raise ValueError(
+                    f"{archive} is damaged, or not an archive of this kind ({reason}). Download it again"
+                ) from None
             except RuntimeError as error:
                 # Encrypted, or packed in a way that Python does not know.
                 raise ValueError(
@@ -247,7 +249,7 @@ def read_volume(path: Path, notes: list[str]) -> sitk.Image:
         return read_series(path)
     if path.name.endswith((".NII", ".NII.GZ")):
         # check_nifti goes by the ending, and SimpleITK does not notice if a part of the file is missing.
-        raise CaseError(f"{path} has to be called {path.name.replace('.NII', '.nii').replace('.GZ', '.gz')}")
+        raise CaseError(f"{path} must be named {path.name.replace('.NII', '.nii').replace('.GZ', '.gz')}")
     try:
         image = read_image(path)
     except CaseError as error:

@@ -34,7 +34,7 @@ COMMANDS = {
     ),
     "compare": (
         "nnunet_semiseg.commands.compare",
-        "test whether models differ, by their evaluations on the same cases",
+        "test whether models differ, from their evaluations on the same cases",
     ),
     "benchmark": (
         "nnunet_semiseg.commands.benchmark",

@@ -40,7 +40,7 @@ def check_variables(*variables: Any) -> None:
             raise ValueError(f"The variable {variable.env_var_name} is not set. Set it to a folder of your choice")
         if quoted(value):
             raise ValueError(
-                f"The variable {variable.env_var_name} is {value}, with the quotation marks. Set it without them"
+                f"The variable {variable.env_var_name} is {value}, including quotation marks. Set it without them"
             )
 
 
@@ -89,12 +89,12 @@ def read_dataset_json(file: Path, keys: Iterable[str] = ("labels",)) -> dict:
             raise ValueError(f"{file} has no key '{key}'. {cure}")
     for key, kind in _DATASET_KEYS.items():
         if not isinstance(content.get(key, kind()), kind):
-            raise ValueError(f"{file}: '{key}' is {content[key]!r}, which is no {_KINDS[kind]}. {cure}")
+            raise ValueError(f"{file}: '{key}' is {content[key]!r}, which is not {_KINDS[kind]}. {cure}")
     return content
 
 
 _DATASET_KEYS = {"labels": dict, "channel_names": dict, "modality": dict, "dataset": dict, "file_ending": str}
-_KINDS = {dict: "object {name: value}", str: "text"}
+_KINDS = {dict: "an object {name: value}", str: "text"}
 
 
 class CaseError(ValueError):
@@ -155,7 +155,7 @@ class Dataset:
                 f"{file} is missing. {f'Choose other plans with -p: {there}' if there else 'Plan first'}, or run "
                 f"nnUNetv2_plan_and_preprocess -d {self.number}"
             )
-        cure = f"Make the plans anew: nnUNetv2_plan_experiment -d {self.number}"
+        cure = f"Make the plans again: nnUNetv2_plan_experiment -d {self.number}"
         plans = read_json(file, _PLANS_KEYS, cure)
         plans_reader(plans, file)
         return PlansManager(plans)
@@ -281,7 +281,7 @@ class Dataset:
         file = self.preprocessed / "dataset_fingerprint.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing. Run nnUNetv2_extract_fingerprint -d {self.number}")
-        cure = f"Make it anew: nnUNetv2_extract_fingerprint -d {self.number} --clean"
+        cure = f"Make it again: nnUNetv2_extract_fingerprint -d {self.number} --clean"
         return read_json(file, ("spacings",), cure)
 
     def spacing_warning(self, spacing: np.ndarray) -> str | None:

@@ -64,10 +64,10 @@ def read_json(file: Path, keys: Iterable[str] = (), cure: str = "Restore it, or 
     try:
         content = json.loads(read_text(file))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is cut off, or no valid JSON ({error}). {cure}") from None
+        raise ValueError(f"{file} is cut off or not valid JSON ({error}). {cure}") from None
     keys = list(keys)
     if keys and not isinstance(content, dict):
-        raise ValueError(f"{file} has no keys, but has to be a JSON object with {', '.join(keys)}. {cure}")
+        raise ValueError(f"{file} has no keys, but must be a JSON object with {', '.join(keys)}. {cure}")
     for key in keys:
         if key not in content:
             raise ValueError(f"{file} has no key '{key}'. {cure}")
@@ -93,7 +93,7 @@ def read_table(file: Path, columns: Iterable[str] = (), cure: str = "Restore it,
     try:
         rows = list(reader)
     except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num}, is no table ({error}). {cure}") from None
+        raise ValueError(f"{file}, line {reader.line_num}, is not a table ({error}). {cure}") from None
     for column in columns:
         if column not in (reader.fieldnames or ()):
             raise ValueError(f"{file} has no column '{column}'. {cure}")

@@ -125,11 +125,11 @@ class Classes:
         if not wrong:
             return
         order = list(self.region_order)
-        problem = f"{file}: regions_class_order {order} does not give the labels back: {', '.join(wrong)}. "
+        problem = f"{file}: regions_class_order {order} does not reproduce the labels: {', '.join(wrong)}. "
         mixed = next((row for row, labels in written.items() if len(labels) > 1), None)
         if mixed is None:
             right = [labels[0] if labels else self.region_order[row] for row, labels in written.items()]
-            raise ValueError(f"{problem}For these regions it has to be {right} (docs/data.md)")
+            raise ValueError(f"{problem}For these regions it must be {right} (docs/data.md)")
         raise ValueError(
             f"{problem}{self.names[mixed]} is the last region of labels {', '.join(map(str, written[mixed]))}. List "
             "each region after those that contain it, and give each label one of its own (docs/data.md)"

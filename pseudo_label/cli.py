@@ -13,13 +13,13 @@ COMMANDS = {
     ),
     "select": (
         "pseudo_label.commands.select",
-        "decide by the scores which cases become training cases, and which a person should annotate",
+        "select by score which cases become training cases, and which a person should annotate",
     ),
     "rounds": (
         "pseudo_label.commands.rounds",
         "train members, predict unlabeled cases, select, and train again on more",
     ),
-    "report": ("pseudo_label.commands.report", "write report.html and report.json of what rounds did"),
+    "report": ("pseudo_label.commands.report", "write report.html and report.json about what rounds did"),
 }
 
 

@@ -232,7 +232,7 @@ def mean_probabilities(
             highest[z][higher] = mean[higher]
     for m in np.flatnonzero(improbable > MAX_IMPROBABLE * foreground).tolist():
         raise CaseError(
-            f"{files[m]} does not belong to the label map beside it: {100 * improbable[m] / foreground[m]:.0f} % of "
+            f"{files[m]} does not belong to the label map next to it: {100 * improbable[m] / foreground[m]:.0f} % of "
             "the map's foreground is improbable. Predict the case again. If the plans' reader is one that reorients "
             "images, give -d, or put plans.json beside the label maps, as nnUNetv2_predict does"
         )

@@ -45,7 +45,7 @@ class Manifest:
         """The manifest in the file, or a new one, which is not written yet.
 
         Raises:
-            ValueError: if the file is of a call with other arguments, naming those that differ, or is damaged.
+            ValueError: if the file belongs to a call with other arguments, naming those that differ, or is damaged.
         """
         if not file.is_file():
             return cls(file, arguments, versions=_versions())
@@ -58,8 +58,8 @@ class Manifest:
         ]
         if changed:
             raise ValueError(
-                f"{file} is of a call with {'; '.join(changed)}. Continue with the arguments of that call, or choose "
-                "another -o"
+                f"{file} belongs to a call with {'; '.join(changed)}. Continue with the arguments of that call, or "
+                "choose another -o"
             )
         if arguments["rounds"] < len(manifest.rounds) - 1:
             raise ValueError(f"{file} is in round {len(manifest.rounds) - 1} already. Use --rounds of that or more")
@@ -72,7 +72,7 @@ class Manifest:
     def read(cls, file: Path) -> Manifest:
         """Raises FileNotFoundError or ValueError, naming the file, if there is none or it is damaged."""
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing. Give the folder that pseudo_label rounds has as -o")
+            raise FileNotFoundError(f"{file} is missing. Give the -o folder of pseudo_label rounds")
         cure = "Restore it, or choose another -o"
         content = read_json(file, ("arguments", "rounds", "stopped"), cure)
         try:

@@ -373,7 +373,7 @@ def _check_out(out: Path, settings: dict, overwrite: bool) -> None:
         if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise ValueError(f"{out} has other files and no score.json. Choose a new or empty folder for -o")
         return
-    before = settings if overwrite else read_json(file, settings, "Use --overwrite to score it anew, or another -o")
+    before = settings if overwrite else read_json(file, settings, "Use --overwrite to score again, or another -o")
     for key, value in settings.items():
         if before[key] != value:
             raise ValueError(
@@ -405,7 +405,7 @@ def _refuse_identical(files: dict[str, list[Path]], classes: Classes, reader: ty
             continue
     if any_foreground:
         raise ValueError(
-            f"All members have the same label maps in all {len(files)} cases, so that every score would be 1 and say "
+            f"All members have the same label maps in all {len(files)} cases, so every score would be 1 and mean "
             "nothing. Use members that were trained differently, such as folds; is a folder a copy of another?"
         )
 
@@ -544,7 +544,7 @@ def _read_cases(out: Path) -> dict[str, CaseScore]:
             content["classes"] = {name: ClassScore(**values) for name, values in content["classes"].items()}
             scores[content["case"]] = CaseScore(**content)
         except (AttributeError, TypeError) as error:
-            raise ValueError(f"{file} has not what pseudo_label score writes ({error}). {again}") from None
+            raise ValueError(f"{file} does not hold what pseudo_label score writes ({error}). {again}") from None
     return scores
 
 

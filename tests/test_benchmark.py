@@ -181,7 +181,7 @@ def test_splits_that_are_cut_off_are_named(dataset, write, capsys, validation):
     splits.write_text('[{"train": ["lab')
     assert main(write(validation=validation), "--minutes", 0) == 2
     error = capsys.readouterr().err
-    assert f"{splits} is cut off, or no valid JSON" in error and error.count("\n") == 1
+    assert f"{splits} is cut off or not valid JSON" in error and error.count("\n") == 1
     assert splits.read_text() == '[{"train": ["lab'
 
 

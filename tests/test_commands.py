@@ -35,7 +35,14 @@ def test_the_readme_has_a_line_for_each_trainer(capsys):
 
 @pytest.mark.parametrize(
     "method, expected",
-    [("EntropyMinimization", 2), ("MeanTeacher", 2.33), ("UAMT", 4.67), ("CPS", 4.67), ("DTML", 4), ("DualStream", 6.5)],
+    [
+        ("EntropyMinimization", 2),
+        ("MeanTeacher", 2.33),
+        ("UAMT", 4.67),
+        ("CPS", 4.67),
+        ("DTML", 4),
+        ("DualStream", 6.5),
+    ],
 )
 def test_cost_of_a_step_is_near_the_measured_one(method, expected):
     assert step_cost(TRAINERS[f"nnUNetTrainer{method}"]) == pytest.approx(expected, abs=0.01)
@@ -362,14 +369,14 @@ def test_doctor_reports_an_order_of_regions_that_swaps_labels(own, capsys):
     content |= {"labels": {"background": 0, "whole": [1, 2], "core": 1}, "regions_class_order": [1, 2]}
     (preprocessed / "dataset.json").write_text(json.dumps(content))
     code, printed = doctor(capsys)
-    assert code == 1 and "label 1 becomes 2, label 2 becomes 1. For these regions it has to be [2, 1]" in printed
+    assert code == 1 and "label 1 becomes 2, label 2 becomes 1. For these regions it must be [2, 1]" in printed
 
 
 def test_doctor_says_that_a_variable_has_quotation_marks(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_raw", f'"{tmp_path}"')
     code, printed = doctor(capsys)
     assert code == 1
-    assert printed.count("with the quotation marks") == 2 and "et it without them" in printed
+    assert printed.count("including quotation marks") == 2 and "et it without them" in printed
 
 
 def test_doctor_wants_no_unlabeled_images_where_labels_are_hidden(prepared, work, capsys, tmp_path):

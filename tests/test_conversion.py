@@ -150,7 +150,7 @@ def test_nifti_in_upper_case_is_refused_because_a_part_could_be_missing(raw, dow
         file.rename(file.with_name(file.name.replace(".nii.gz", ".NII.GZ")))
     assert generic(download) == 1
     file = download / "images" / "a_1_0000.NII.GZ"
-    assert f"Error: {file} has to be called a_1_0000.nii.gz" in capsys.readouterr().err
+    assert f"Error: {file} must be named a_1_0000.nii.gz" in capsys.readouterr().err
 
 
 def test_color_pictures_have_three_channels(raw, tmp_path):
@@ -328,14 +328,14 @@ def test_a_folder_for_each_case(raw, tmp_path, capsys, around):
         (["--images", "*/a.nii.gz", "*/b.nii.gz", "--segmentations", "*/s.nii.gz"], "for each of the 1 --channels"),
         (
             ["--images", "*/scan.nii.gz", "--segmentations", "*/segmentation.nii.gz"],
-            "has nothing that is called */scan.nii.gz. It holds p_1/imaging.nii.gz and 1 more\n",
+            "has nothing named */scan.nii.gz. It holds p_1/imaging.nii.gz and 1 more\n",
         ),
         (
             ["--images", "*/*.nii.gz", "--segmentations", "*/segmentation.nii.gz"],
             "are both case p_1. Give a pattern that fits one of them, or a table (--csv)",
         ),
         (["--images", "**/imaging.nii.gz", "--segmentations", "**/segmentation.nii.gz"], "Write * for each folder"),
-        (["--images", "p_1/imaging*", "--segmentations", "*/s*"], "has to end in the ending of the files"),
+        (["--images", "p_1/imaging*", "--segmentations", "*/s*"], "must end with the file ending"),
         (["--images", "images", "more"], "are several folders. Give one"),
     ],
 )

@@ -48,7 +48,7 @@ class TestSplits:
         "arguments, message",
         [
             ((17, None, 5, 0), "--labeled 17 is more than the 16 training cases"),
-            ((None, ["case_99"], 5, 0), "No labeled case is called case_99"),
+            ((None, ["case_99"], 5, 0), "No labeled case is named case_99"),
             ((None, CASES[:18], 5, 0), "2 cases are left"),
         ],
     )
@@ -85,19 +85,19 @@ class TestSplits:
     [
         ('{"train": ["case_00"], "val": ["case_01"]}', r"is an object; nnU-Net wants a list"),
         ("[]", "is empty; nnU-Net wants a list"),
-        ('[["case_00"]]', r"fold 0 is no object \{train: "),
+        ('[["case_00"]]', r"fold 0 is not an object \{train: "),
         (
             '[{"training": ["case_00"], "validation": ["case_01"]}]',
             "fold 0 has no key 'train', only 'training', 'validation'. Rename the keys to 'train' and 'val'",
         ),
         ('[{"train": ["case_00"]}]', "fold 0 has no key 'val', only 'train'"),
-        ('[{"train": "case_00", "val": []}]', "fold 0: 'train' is no list of cases"),
-        ('[{"train": [], "val": [], "unlabeled": {"case_00": 1}}]', "fold 0: 'unlabeled' is no list of cases"),
+        ('[{"train": "case_00", "val": []}]', "fold 0: 'train' is not a list of cases"),
+        ('[{"train": [], "val": [], "unlabeled": {"case_00": 1}}]', "fold 0: 'unlabeled' is not a list of cases"),
         (
             '[{"train": [], "val": [], "unlabelled": ["case_00"]}]',
             "fold 0 has the key 'unlabelled', which hides nothing. Rename it to 'unlabeled'",
         ),
-        ('[{"train": ["case_00", "ca', "is cut off, or no valid JSON"),
+        ('[{"train": ["case_00", "ca', "is cut off or not valid JSON"),
     ],
 )
 def test_splits_that_cannot_be_read_name_the_file_and_the_key(tmp_path, text, complaint):

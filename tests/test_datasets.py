@@ -106,7 +106,7 @@ def test_two_datasets_with_one_id_are_named(folders, capsys):
     assert dataset_name("650") == "Dataset650_B"
 
 
-@pytest.mark.parametrize("value, message", [('"/data/raw"', '"/data/raw", with the quotation marks'), ("", "not set")])
+@pytest.mark.parametrize("value, message", [('"/data/raw"', '"/data/raw", including quotation marks'), ("", "not set")])
 def test_variables_are_checked(folders, monkeypatch, capsys, value, message):
     monkeypatch.setenv("nnUNet_raw", value)
     assert f"The variable nnUNet_raw is {message}" in error_of(capsys, "split", "-d", "650", "--labeled", "1")

@@ -8,9 +8,9 @@ from nnunet_semiseg.files import read_json, read_table
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'{"settings": {"la', r"a\.json is cut off, or no valid JSON \(.*line 1"),
-        (b"", r"a\.json is cut off, or no valid JSON \(.*line 1"),
-        (b"[1]", r"a\.json has no keys, but has to be a JSON object with settings, cases\. Write it again"),
+        (b'{"settings": {"la', r"a\.json is cut off or not valid JSON \(.*line 1"),
+        (b"", r"a\.json is cut off or not valid JSON \(.*line 1"),
+        (b"[1]", r"a\.json has no keys, but must be a JSON object with settings, cases\. Write it again"),
         (b'{"settings": 1}', r"a\.json has no key 'cases'\. Write it again"),
         (b'{"settings": "\xe4"}', r"a\.json is not UTF-8 text \(byte 14"),
     ],

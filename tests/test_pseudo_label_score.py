@@ -616,7 +616,7 @@ def test_an_order_of_regions_that_swaps_labels_is_refused(members, tmp_path, cap
     (members[0] / "dataset.json").write_text(json.dumps(regions))
     assert run("-i", *members, "-o", tmp_path / "scores") == 1
     error = capsys.readouterr().err
-    assert f"{members[0] / 'dataset.json'}: regions_class_order [1, 2] does not give the labels back" in error
+    assert f"{members[0] / 'dataset.json'}: regions_class_order [1, 2] does not reproduce the labels" in error
     assert error.count("\n") == 1 and not (tmp_path / "scores").exists()
 
 
@@ -703,7 +703,7 @@ def flip_bit(file):
         (spoil_npz(lambda p: {"probabilities": np.asfortranarray(p)}), "no floating point numbers in C order"),
         (spoil_npz(lambda p: {"probabilities": np.log(p)}), "Are these logits"),
         (spoil_npz(lambda p: {"probabilities": np.where(p > 0.9, np.nan, p)}), "not from 0 to 1"),
-        (spoil_npz(lambda p: {"probabilities": p[:, :, ::-1]}), "does not belong to the label map beside it"),
+        (spoil_npz(lambda p: {"probabilities": p[:, :, ::-1]}), "does not belong to the label map next to it"),
     ],
 )
 def test_bad_probabilities_are_named(tmp_path, spoil, message):

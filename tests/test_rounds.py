@@ -135,7 +135,7 @@ def test_changed_arguments_are_refused(finished, capsys):
     out, _ = finished
     before = (out / "manifest.json").read_text()
     assert cli.main(arguments(out, "--dataset-ids", "851", "852", "--finetune")) == 1
-    assert "is of a call with finetune false, not true" in capsys.readouterr().err
+    assert "belongs to a call with finetune false, not true" in capsys.readouterr().err
     assert (out / "manifest.json").read_text() == before
 
 

@@ -55,7 +55,7 @@ class Report:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", help="also check this dataset (id or name)")
     parser.add_argument("-p", "-plans_name", default=None, help="plans to check (default: all of the dataset)")
-    parser.add_argument("--trainers", action="store_true", help="list the trainers, and the files that they are in")
+    parser.add_argument("--trainers", action="store_true", help="list the trainers and their files")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,7 +94,7 @@ def _check_versions(report: Report) -> None:
     except Exception as error:
         report.problem(
             f"torch {_version('torch')} and torchvision {_version('torchvision')} do not work together ({error}); "
-            "nnU-Net's search for trainers fails then",
+            "nnU-Net's search for trainers then fails",
             "pip install --upgrade --force-reinstall torch torchvision (both at once, from the same source)",
         )
         return
@@ -108,7 +108,7 @@ def _check_folders(report: Report) -> None:
         if not value:
             report.problem(f"{name} is not set", f"export {name}=/a/folder/of/yours")
         elif not os.path.isdir(value) and value.strip("\"'") != value:
-            report.problem(f"{name} is {value}, with the quotation marks", "set it without them")
+            report.problem(f"{name} is {value}, including quotation marks", "set it without them")
         elif not os.path.isdir(value):
             report.problem(f"{name} is {value}, which is not a folder", f"mkdir -p {value}")
         elif not os.access(value, os.W_OK) and name != "nnUNet_raw":
@@ -177,7 +177,9 @@ def _check_dataset(report: Report, name_or_id: str, plans_name: str | None) -> N
     try:
         classes.check_order(dataset.json_file)
     except ValueError as error:
-        report.problem(str(error), "predictions, consensus and pseudo labels would have other labels; train again then")
+        report.problem(
+            str(error), "predictions, consensus and pseudo labels would have wrong labels; correct it and train again"
+        )
     if labeled:
         report.ok(f"{len(labeled)} labeled cases")
     else:
@@ -186,7 +188,7 @@ def _check_dataset(report: Report, name_or_id: str, plans_name: str | None) -> N
     try:
         images["imagesTr"] = {case: files for case, (files, _) in dataset.labeled_files.items()}
     except (ValueError, OSError) as error:
-        report.could_not_check(_IMAGE_CHECKS, str(error), "every check against the labeled images needs them")
+        report.could_not_check(_IMAGE_CHECKS, str(error), "needed for every comparison with the labeled images")
     _check_labeled_files(report, dataset, images.get("imagesTr", {}))
     if (dataset.raw / "imagesUn").exists() or not _hides_labels(dataset):
         try:
@@ -273,7 +275,7 @@ def _check_images(report: Report, dataset: Dataset, images: dict, plans_name: st
                     unread += 1
                     continue
                 for warning in warnings:
-                    report.warn(f"{folder}/{case}: {warning}", "correct the file's header, or what is beside it")
+                    report.warn(f"{folder}/{case}: {warning}", "correct the file's header, or the file next to it")
                 key = content_hash(data)
                 if key in hashes and folder == "imagesUn":
                     where, other = hashes[key]

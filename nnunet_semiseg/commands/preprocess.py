@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-p", "-plans_name", default="nnUNetPlans", help="plans (default %(default)s)")
     add_processes_argument(parser)
-    parser.add_argument("--overwrite", action="store_true", help="redo cases that are already done")
+    parser.add_argument("--overwrite", action="store_true", help="preprocess again what is already done")
 
 
 def run(args: argparse.Namespace) -> int:

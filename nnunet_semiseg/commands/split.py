@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--labeled", type=int, metavar="N", help="labeled training cases in each fold")
     budget.add_argument("--labeled-cases", nargs="+", metavar="CASE", help="the labeled cases by name, in every fold")
     parser.add_argument("--folds", type=int, default=5, help="number of folds (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=12345, help="seed of the draw (default %(default)s, as nnU-Net)")
+    parser.add_argument("--seed", type=int, default=12345, help="random seed (default %(default)s, as in nnU-Net)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file; a copy of it is kept")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.labeled is not None and args.labeled < 1:
-        raise ValueError(f"--labeled {args.labeled}: at least one case has to be labeled")
+        raise ValueError(f"--labeled {args.labeled}: at least one case must be labeled")
     if args.folds < 1:
         raise ValueError(f"--folds {args.folds}: at least one fold is needed")
     dataset = Dataset(dataset_name(args.d))

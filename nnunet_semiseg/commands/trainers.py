@@ -21,8 +21,8 @@ _OTHER_ARCHITECTURE = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="TRAINER", help="only these trainers")
     pages = parser.add_mutually_exclusive_group()
-    pages.add_argument("--markdown", action="store_true", help="as in docs/trainers.md")
-    pages.add_argument("--overview", action="store_true", help="as in the README: one line per trainer")
+    pages.add_argument("--markdown", action="store_true", help="print the page docs/trainers.md")
+    pages.add_argument("--overview", action="store_true", help="print the table of the README")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ def make_splits(
     fixed = sorted(set(labeled_cases or []))
     unknown = [case for case in fixed if case not in cases]
     if unknown:
-        raise ValueError(f"No labeled case is called {', '.join(unknown)}. Cases are called, e.g., {cases[0]}")
+        raise ValueError(f"No labeled case is named {', '.join(unknown)}. Cases are named, e.g., {cases[0]}")
     others = [case for case in cases if case not in fixed]
     splits = max(folds, 2) if folds > 1 else 5
     if len(others) < splits:
@@ -67,7 +67,7 @@ def make_splits(
     return result
 
 
-_CURE = "Write the splits anew with nnunet_semiseg split --overwrite"
+_CURE = "Write the splits again with nnunet_semiseg split --overwrite"
 
 
 def read_splits(file: Path) -> list[dict]:
@@ -83,7 +83,7 @@ def read_splits(file: Path) -> list[dict]:
         raise ValueError(f"{file} is {kind}; nnU-Net wants a list with an object for each fold. {_CURE}")
     for fold, split in enumerate(splits):
         if not isinstance(split, dict):
-            raise ValueError(f"{file}, fold {fold} is no object {{train: [case, ...], val: [case, ...]}}. {_CURE}")
+            raise ValueError(f"{file}, fold {fold} is not an object {{train: [case, ...], val: [case, ...]}}. {_CURE}")
         for key in ("train", "val", "unlabeled"):
             if key not in split and key != "unlabeled":
                 raise ValueError(
@@ -92,7 +92,7 @@ def read_splits(file: Path) -> list[dict]:
                 )
             cases = split.get(key, [])
             if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
-                raise ValueError(f"{file}, fold {fold}: '{key}' is no list of cases. {_CURE}")
+                raise ValueError(f"{file}, fold {fold}: '{key}' is not a list of cases. {_CURE}")
         # nnU-Net permits other keys, but this one would show what it is meant to hide.
         for key in set(split) - {"unlabeled"}:
             if get_close_matches(key.lower(), ["unlabeled"], cutoff=0.9):
@@ -218,7 +218,7 @@ def hidden_cases(splits_file: Path, fold: int | Literal["all"], known: list[str]
             raise ValueError(
                 f"{splits_file}, fold {fold}: '{key}' names {unknown[0]}, which is not preprocessed"
                 f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. Preprocess it with "
-                "nnUNetv2_preprocess, or write the splits anew with nnunet_semiseg split --overwrite"
+                "nnUNetv2_preprocess, or write the splits again with nnunet_semiseg split --overwrite"
             )
     for key in ("train", "val"):
         overlap = sorted(set(hidden) & set(split[key]))

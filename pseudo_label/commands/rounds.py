@@ -27,12 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--members", nargs="+", required=True, metavar="TRAINER[:FOLD]", help="the models of the consensus; fold 0"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="how often the labeled set grows (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="how often the labeled set grows, at most (default %(default)s)"
+    )
     parser.add_argument("--consensus", choices=CONSENSUS, help="as for pseudo_label score (default: mean)")
-    parser.add_argument("--metric", choices=AGREEMENT, default=AGREEMENT[0], help="of the score (default %(default)s)")
+    parser.add_argument(
+        "--metric", choices=AGREEMENT, default=AGREEMENT[0], help="metric of the score (default %(default)s)"
+    )
     parser.add_argument("--per-slice", action="store_true", help="average the score over slices")
     add_rules(
-        parser, f"a case has to fulfill --presence and all that are given; without any: --threshold {DEFAULT_THRESHOLD}"
+        parser, f"a case must satisfy --presence and every rule given; without any: --threshold {DEFAULT_THRESHOLD}"
     )
     training = parser.add_argument_group("training")
     training.add_argument("--finetune", action="store_true", help="start from the weights of the round before")
@@ -43,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw a labeled case N times as often as a pseudo-labeled one (default %(default)s)",
     )
-    training.add_argument("--dataset-ids", type=int, nargs="+", default=[], metavar="ID", help="one for each round")
+    training.add_argument(
+        "--dataset-ids", type=int, nargs="+", default=[], metavar="ID", help="dataset ids, one for each round"
+    )
     training.add_argument("--disable_tta", action="store_true", help="predict without mirroring: faster")
     stop = parser.add_argument_group("stopping")
     stop.add_argument(
@@ -53,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="stop when the members' mean validation Dice falls by more than this (default %(default)s)",
     )
-    stop.add_argument("--allow-drift", action="store_true", help="go on although a class has drifted or is gone")
+    stop.add_argument("--allow-drift", action="store_true", help="continue even if a class has drifted or disappeared")
     parser.add_argument(
         "--annotate", type=int, default=5, metavar="N", help="cases to propose for annotation (default %(default)s)"
     )
@@ -65,15 +71,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     jobs.add_argument(
         "--parts", type=int, default=1, help="jobs that share a member's prediction (default %(default)s)"
     )
-    jobs.add_argument("--partition", help="SLURM's")
+    jobs.add_argument("--partition", help="SLURM partition")
     jobs.add_argument("--gpus", type=int, default=1, help="SLURM: GPUs of a job; 0 for the CPU (default %(default)s)")
-    jobs.add_argument("--minutes", type=int, default=1440, help="SLURM: limit of a job (default %(default)s)")
-    jobs.add_argument("--retries", type=int, default=1, help="SLURM: of a failed job (default %(default)s)")
+    jobs.add_argument("--minutes", type=int, default=1440, help="SLURM: time limit of a job (default %(default)s)")
+    jobs.add_argument(
+        "--retries", type=int, default=1, help="SLURM: new attempts after a failure (default %(default)s)"
+    )
     jobs.add_argument(
         "--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="more options of sbatch, such as mem=64G"
     )
     add_processes_argument(parser)
-    parser.add_argument("--print-only", action="store_true", help="print the command lines, and do nothing")
+    parser.add_argument("--print-only", action="store_true", help="print the command lines and exit")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of consensus and scores")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument(
-        "-d", help="dataset id or name: its labels and reader, and the volumes of its labeled cases to compare with"
+        "-d", help="dataset id or name: for its labels, its reader and the volumes of its labeled cases"
     )
     labels.add_argument(
         "--dataset-json",
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labeled",
         type=Path,
         metavar="FOLDER",
-        help="label maps of labeled cases, whose volumes to compare with (default: with -d, those of its labelsTr that "
+        help="label maps of labeled cases to compare volumes with (default: with -d, those of its labelsTr that "
         "no fold hides)",
     )
     parser.add_argument(

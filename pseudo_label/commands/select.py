@@ -50,7 +50,7 @@ def add_rules(parser: argparse.ArgumentParser, meaning: str) -> None:
         "--fraction", type=float, metavar="F", help="the same with K = F times the scored cases, rounded down"
     )
     rules.add_argument(
-        "--balanced", action="store_true", help="with --top or --fraction: the classes take turns in choosing"
+        "--balanced", action="store_true", help="with --top or --fraction: the classes take turns to choose a case"
     )
     rules.add_argument(
         "--presence",
@@ -59,9 +59,7 @@ def add_rules(parser: argparse.ArgumentParser, meaning: str) -> None:
         help="classes that at least this share of the labeled cases has must be in the consensus; or off (default "
         f"{DEFAULT_PRESENCE}, if labeled cases are known)",
     )
-    rules.add_argument(
-        "--may-be-absent", nargs="+", default=[], metavar="NAME", help="classes for which --presence does not count"
-    )
+    rules.add_argument("--may-be-absent", nargs="+", default=[], metavar="NAME", help="classes that --presence ignores")
     parser.add_argument(
         "--min-agreement",
         type=float,
@@ -114,7 +112,7 @@ def read_rules(args: argparse.Namespace, classes: Classes) -> Rules:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="SCORED", help="folder that pseudo_label score wrote")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of the decisions and label maps")
-    add_rules(parser, "a case has to fulfill --presence and all that are given; without any, it needs foreground")
+    add_rules(parser, "a case must satisfy --presence and every rule given; without any, it needs foreground")
     annotate = parser.add_argument_group("annotation by a person")
     annotate.add_argument(
         "--annotate",

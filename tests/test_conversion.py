@@ -622,7 +622,7 @@ def test_input_that_cannot_be_converted_is_one_line(raw, download, tmp_path, cap
         (["generic", "-i", download, "-d", 501, *LABELS, "ball=3"], "--labels has a class or a value twice"),
         (["generic", "-i", download, "-d", 501, *LABELS, "again=1"], "--labels has a class or a value twice"),
         (["generic", "-i", download, "-d", 501, *LABELS, "background=4"], "or background, which is 0"),
-        (["generic", "-i", download, "-d", 501, *LABELS, "ignore=4", "x=5"], "ignore has to be the last"),
+        (["generic", "-i", download, "-d", 501, *LABELS, "ignore=4", "x=5"], "ignore must be the last"),
         (["generic", "-i", download, "-d", 501, *LABELS, "--images", "labels", "--patient", "z"], "matches nothing"),
     ):
         assert convert(*arguments) == 1

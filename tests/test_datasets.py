@@ -71,11 +71,11 @@ def test_labels_are_all_that_predictions_need(tmp_path):
 @pytest.mark.parametrize(
     "regions, order, message",
     [
-        ({"whole": [1, 2], "core": 1}, [1, 2], r"label 1 becomes 2, label 2 becomes 1.*has to be \[2, 1\]"),
+        ({"whole": [1, 2], "core": 1}, [1, 2], r"label 1 becomes 2, label 2 becomes 1.*must be \[2, 1\]"),
         (
             {"whole": [1, 2, 3], "core": [1, 3], "enhancing": 3},
             [1, 2, 3],
-            r"label 1 becomes 2, label 2 becomes 1.*has to be \[2, 1, 3\]",
+            r"label 1 becomes 2, label 2 becomes 1.*must be \[2, 1, 3\]",
         ),
         ({"core": 2, "whole": [1, 2]}, [2, 1], "whole is the last region of labels 1, 2. List each region after"),
         ({"whole": [1, 2, 3], "core": 3}, [1, 3], "whole is the last region of labels 1, 2"),

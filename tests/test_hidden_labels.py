@@ -173,7 +173,7 @@ def test_a_fold_says_nothing_without_a_dataset(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content, cure", [("{}", "Write the splits anew"), ('[{"training": [], "validation": []}]', "Rename the")]
+    "content, cure", [("{}", "Write the splits again"), ('[{"training": [], "validation": []}]', "Rename the")]
 )
 def test_doctor_reports_splits_that_cannot_be_read(splits, capsys, content, cure):
     splits(content)

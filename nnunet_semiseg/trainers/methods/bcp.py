@@ -98,7 +98,7 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
     use_when = "with very few labels and organs in one piece"
     corrected = (
         "the unused consistency weight is left out; phase 2 starts when every class is found; one loss with a "
-        "weight for each voxel, because a loss for each origin is ruled by slivers of organs; labeled patches "
+        "weight for each voxel, because a loss for each origin is dominated by slivers of organs; labeled patches "
         "are also seen unmixed, while X_out and X_in take turns; the whole batch in both directions; no "
         "mixing while pretraining; unlabeled patches also around predicted foreground, labels from the weak "
         "view, Dice of the foreground classes"

@@ -110,6 +110,39 @@ def work(tmp_path_factory):
     return root
 
 
+def five_stages(configuration):
+    """Of a configuration of ``prepared``, that with two stages more than plan_cpu makes of images as small as these."""
+    return f"{configuration}_5stages"
+
+
+def add_five_stages(file):
+    """Plans get ``five_stages`` of each configuration: four outputs with deep supervision."""
+    plans = json.loads(file.read_text())
+    for configuration in ("2d", "3d_fullres"):
+        of = deepcopy(plans["configurations"][configuration])
+        architecture, patch = of["architecture"], [*of["patch_size"][:-2], 32, 32]
+        kernels = architecture["arch_kwargs"]["kernel_sizes"]
+        architecture["arch_kwargs"] |= dict(
+            n_stages=5,
+            features_per_stage=[4, 8, 8, 8, 8],
+            kernel_sizes=5 * kernels[:1],
+            strides=[[1] * len(patch), *4 * [[2] * len(patch)]],
+            n_conv_per_stage=[1] * 5,
+            n_conv_per_stage_decoder=[1] * 4,
+        )
+        plans["configurations"][five_stages(configuration)] = dict(
+            inherits_from=configuration, patch_size=patch, architecture=architecture
+        )
+    file.write_text(json.dumps(plans))
+
+
+def fitting(name, configuration):
+    """A configuration that a trainer can train: with five stages if it needs several resolutions."""
+    trainer = find_trainer(name)
+    enough = getattr(trainer, "min_resolutions", 1) == 1 or configuration.endswith("stages")
+    return configuration if enough else five_stages(configuration)
+
+
 @pytest.fixture(scope="session")
 def prepared(work):
     """``prepared(kind)``: the name of a dataset that is planned and preprocessed, 2d and 3d_fullres."""
@@ -137,6 +170,7 @@ def prepared(work):
                 assert cli.main(["plan_cpu", "-d", str(number), "-features", "4", "-memory", "0.01"]) == 0
                 preprocess_dataset(number, "nnUNetPlans_cpu", ("2d", "3d_fullres"), (1, 1), show_progress_bar=False)
             assert cli.main(["preprocess", "-d", str(number), "-p", "nnUNetPlans_cpu", "-np", "1"]) == 0
+            add_five_stages(work / "preprocessed" / name / "nnUNetPlans_cpu.json")
             split = [{"train": ["lab_00", "lab_01", "lab_02"], "val": ["lab_05"], "unlabeled": ["lab_03", "lab_04"]}]
             (work / "preprocessed" / name / "splits_final.json").write_text(json.dumps(split))
             done[kind] = name
@@ -157,37 +191,6 @@ def splits(prepared, work):
         return file
 
     yield write
-    for file, text in kept.items():
-        file.write_text(text)
-
-
-@pytest.fixture
-def five_stages(prepared, work):
-    """``five_stages(kind, configuration)``: the name of that configuration with two stages more than plan_cpu makes of
-    images as small as these: four outputs with deep supervision. It is in the plans until the test ends."""
-    kept = {}
-
-    def add(kind, configuration):
-        file = work / "preprocessed" / prepared(kind) / "nnUNetPlans_cpu.json"
-        kept.setdefault(file, file.read_text())
-        plans = json.loads(file.read_text())
-        of = deepcopy(plans["configurations"][configuration])
-        architecture, patch = of["architecture"], [*of["patch_size"][:-2], 32, 32]
-        kernels = architecture["arch_kwargs"]["kernel_sizes"]
-        architecture["arch_kwargs"] |= dict(
-            n_stages=5,
-            features_per_stage=[4, 8, 8, 8, 8],
-            kernel_sizes=5 * kernels[:1],
-            strides=[[1] * len(patch), *4 * [[2] * len(patch)]],
-            n_conv_per_stage=[1] * 5,
-            n_conv_per_stage_decoder=[1] * 4,
-        )
-        name = f"{configuration}_5stages"
-        plans["configurations"][name] = dict(inherits_from=configuration, patch_size=patch, architecture=architecture)
-        file.write_text(json.dumps(plans))
-        return name
-
-    yield add
     for file, text in kept.items():
         file.write_text(text)
 
@@ -228,7 +231,8 @@ def make_trainer(prepared, monkeypatch):
     # nnU-Net's own figure takes seconds.
     monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
 
-    def make(name, kind="labels", configuration="2d", fold=0, continue_training=False):
+    def make(name, kind="labels", configuration="2d", fold=0, continue_training=False, fit=True):
+        configuration = fitting(name, configuration) if fit else configuration
         return get_trainer_from_args(
             prepared(kind), configuration, fold, name, "nnUNetPlans_cpu", continue_training, torch.device("cpu")
         )

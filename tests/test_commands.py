@@ -52,13 +52,23 @@ def test_cost_of_a_step_is_near_the_measured_one(method, expected):
 
 
 def test_table_of_trainers_has_every_option(capsys):
-    assert cli.main(["trainers"]) == 0
+    assert cli.main(["trainers", "--all"]) == 0
     printed = capsys.readouterr().out
     for name, trainer in TRAINERS.items():
         assert name in printed and trainer.use_when in printed
         for row in described(trainer.Options):
             assert row["name"] in printed and row["meaning"] in printed
     assert cli.main(["trainers", "nnUNetTrainerNone"]) == 1
+
+
+def test_the_short_table_leaves_ablations_out_and_says_so(capsys):
+    assert cli.main(["trainers", "nnUNetTrainerCoraNet"]) == 0
+    short = capsys.readouterr().out
+    options = described(TRAINERS["nnUNetTrainerCoraNet"].Options)
+    assert {row["ablation"] for row in options} == {True, False}
+    for row in options:
+        assert (f"  {row['name']} " in short) == (not row["ablation"]), row["name"]
+    assert "--all lists" in short and len(short.splitlines()) < 45
 
 
 def test_cli_errors_are_one_line(capsys, work):

@@ -78,7 +78,7 @@ def first_steps(trainer):
     losses = []
     for step in STEPS:
         # Recall has a test of its own.
-        trainer.knows_classes = step >= 50
+        trainer.schedule.knows_classes = step >= 50
         trainer.global_step, trainer.current_epoch = step, step // 10
         labeled, unlabeled = batches[step % 2]
         trainer.draw_unlabeled = lambda unlabeled=unlabeled: {**unlabeled}

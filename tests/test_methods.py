@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVERYWHERE, SHORT, UNLABELED_TERMS, flat, make_case, short, train_steps
+from conftest import EVERYWHERE, SHORT, UNLABELED_TERMS, fitting, five_stages, flat, make_case, short, train_steps
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
@@ -57,6 +57,7 @@ WEIGHTS = {
     f"MeanTeacher_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
     f"UAMT_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
     f"PiModel_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
+    f"URPC_consistency_weight=0.7{RAMP}": dict(supervised=1, consistency=0.7 * HALF_WAY),
     f"EntropyMinimization_entropy_weight=0.7{RAMP}": dict(supervised=1, entropy=0.7 * HALF_WAY),
     f"CoraNet_certain_weight=0.7_consistency_weight=0.3{PRETRAINED}": dict(
         supervised=1, conservative=1, radical=1, certain=0.7 * HALF_WAY, consistency=0.3 * HALF_WAY
@@ -193,8 +194,8 @@ def test_each_term_trains_the_networks_it_should_and_no_others(started, method, 
 
 @pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions_ignore", "3d_fullres")])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_every_trainer_makes_steps_with_five_stages(started, five_stages, name, kind, configuration):
-    trainer = started(short(name), kind, five_stages(kind, configuration))
+def test_every_trainer_makes_steps_with_five_stages(started, name, kind, configuration):
+    trainer = started(short(name), kind, five_stages(configuration), fit=False)
     batch = next(trainer.dataloader_train)
     for network in trainer.networks.values():
         sizes = [output.shape[2:] for output in network(batch["data"])]
@@ -262,6 +263,7 @@ def test_switched_off_the_student_trains_as_in_stock_nnunet(started, vanilla, me
         train_steps(trainer, 4)
         return flat(trainer.network)
 
+    where = where[0], fitting(f"nnUNetTrainer{method}", where[1])
     if where not in vanilla:
         vanilla[where] = train(VANILLA)
     assert torch.equal(train(method), vanilla[where])
@@ -285,7 +287,7 @@ def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind,
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
     monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
-    trainer = short(name)
+    trainer, configuration = short(name), fitting(name, configuration)
     run_training(prepared(kind), configuration, 0, trainer, "nnUNetPlans_cpu", device=torch.device("cpu"))
     dataset = work / "results" / prepared(kind)
     model = dataset / f"{trainer}__nnUNetPlans_cpu__{configuration}"

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import textwrap
 
-from nnunet_semiseg.trainers.frame import SemiSupervisedTrainer
+from nnunet_semiseg.trainers.frame import FrameOptions, SemiSupervisedTrainer
 from nnunet_semiseg.trainers.options import ScheduleOptions, described
 from nnunet_semiseg.trainers.registry import TRAINERS
 
@@ -20,6 +20,7 @@ _OTHER_ARCHITECTURE = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="TRAINER", help="only these trainers")
+    parser.add_argument("--all", action="store_true", help="the options for ablations of the papers as well")
     pages = parser.add_mutually_exclusive_group()
     pages.add_argument("--markdown", action="store_true", help="print the page docs/trainers.md")
     pages.add_argument("--overview", action="store_true", help="print the table of the README")
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"There is no trainer {unknown[0]}. There are {', '.join(TRAINERS)}")
     chosen = {name: cls for name, cls in TRAINERS.items() if name in args.names or not args.names}
-    print(overview(chosen) if args.overview else markdown(chosen) if args.markdown else plain(chosen), end="")
+    print(overview(chosen) if args.overview else markdown(chosen) if args.markdown else plain(chosen, args.all), end="")
 
 
 def _summary(trainer: type) -> str:
@@ -49,16 +50,24 @@ def _presets(options_class: type) -> str:
     )
 
 
-def _markdown_table(options_class: type) -> str:
+def _own(options_class: type) -> list[dict]:
+    """The options that a trainer does not share with all others, or has another default of; ablations come last."""
+    shared = {row["name"]: row["default"] for row in described(FrameOptions)}
+    rows = [row for row in described(options_class) if shared.get(row["name"]) != row["default"]]
+    return sorted(rows, key=lambda row: row["ablation"])
+
+
+def _markdown_table(rows: list[dict]) -> str:
     def cell(text: str) -> str:
         return text.replace("|", "\\|")
 
-    rows = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
-    for row in described(options_class):
-        rows.append(
+    table = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
+    for row in rows:
+        row = {**row, "meaning": row["meaning"] + " (ablation)" * row["ablation"]}
+        table.append(
             "| " + " | ".join(cell(f"`{row[c]}`" if c in ("name", "default") else row[c]) for c in _COLUMNS) + " |"
         )
-    return "\n".join(rows) + "\n"
+    return "\n".join(table) + "\n"
 
 
 def _facts(trainer: type[SemiSupervisedTrainer]) -> str:
@@ -92,17 +101,18 @@ def markdown(trainers: dict) -> str:
     for name, trainer in trainers.items():
         parts.append(
             f"\n## {name}\n\n{_facts(trainer)}{inspect.getdoc(trainer)}\n\n{_presets(trainer.Options)}"
-            f"{_markdown_table(trainer.Options)}"
+            f"{_markdown_table(_own(trainer.Options))}"
         )
-    parts.append(f"\n## Every trainer: nnU-Net's schedule\n\n{_markdown_table(ScheduleOptions)}")
+    parts.append(f"\n## Every trainer: seed, views and mixing\n\n{_markdown_table(described(FrameOptions))}")
+    parts.append(f"\n## Every trainer: nnU-Net's schedule\n\n{_markdown_table(described(ScheduleOptions))}")
     return "".join(parts)
 
 
-def plain(trainers: dict) -> str:
+def plain(trainers: dict, ablations: bool) -> str:
     """The table as printed on a terminal."""
 
-    def table(options_class: type) -> str:
-        rows = described(options_class)
+    def table(rows: list[dict]) -> str:
+        rows = [row for row in rows if ablations or not row["ablation"]]
         widths = {c: max(len(row[c]) for row in rows) for c in _COLUMNS[:-1]}
         return "".join(
             "  " + "  ".join(row[c].ljust(widths[c]) for c in _COLUMNS[:-1]) + "  " + row["meaning"] + "\n"
@@ -112,7 +122,11 @@ def plain(trainers: dict) -> str:
     parts = []
     for name, trainer in trainers.items():
         facts = "\n".join(textwrap.fill(text, 100) for text in (_summary(trainer), _use(trainer)))
-        parts.append(f"{name}\n{textwrap.indent(facts, '  ')}\n\n{table(trainer.Options)}")
-    parts.append(f"Every trainer, nnU-Net's schedule (the defaults are nnU-Net's)\n\n{table(ScheduleOptions)}")
+        parts.append(f"{name}\n{textwrap.indent(facts, '  ')}\n\n{table(_own(trainer.Options))}")
+    parts.append(f"Every trainer: seed, views and mixing\n\n{table(described(FrameOptions))}")
+    schedule = table(described(ScheduleOptions))
+    parts.append(f"Every trainer: nnU-Net's schedule (the defaults are nnU-Net's)\n\n{schedule}")
     parts.append("\nSet options in the name: -tr nnUNetTrainerCoraNet_100epochs_alpha=10\n")
+    if not ablations:
+        parts[-1] += "--all lists the options for ablations of the papers as well.\n"
     return "\n".join(parts)

@@ -24,6 +24,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
+    ablation: bool = False,
 ) -> Any:
     """A dataclass field that a trainer name can set.
 
@@ -32,8 +33,10 @@ def option(
         meaning: One line for the table of options, with the unit.
         low, high: Inclusive range.
         choices: The values allowed, for a string.
+        ablation: Whether it is there for the ablations of a paper alone; the short list leaves it out.
     """
-    return dataclasses.field(default=default, metadata=dict(meaning=meaning, low=low, high=high, choices=choices))
+    metadata = dict(meaning=meaning, low=low, high=high, choices=choices, ablation=ablation)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def described(options_class: type) -> list[dict]:
                 default=str(field.default),
                 valid=valid,
                 meaning=meta["meaning"],
+                ablation=meta["ablation"],
             )
         )
     return rows

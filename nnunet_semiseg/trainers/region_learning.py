@@ -15,16 +15,19 @@ from nnunet_semiseg.trainers.options import option
 @dataclass(frozen=True)
 class RegionOptions:
     labeled_regions: str = option(
-        URL, "what labeled data favors: uncertain (url) or certain (crl) voxels", choices=(URL, CRL, NONE)
+        URL,
+        "what labeled data favors: uncertain (url) or certain (crl) voxels",
+        choices=(URL, CRL, NONE),
+        ablation=True,
     )
-    unlabeled_regions: str = option(CRL, "the same of unlabeled data", choices=(CRL, URL, NONE))
+    unlabeled_regions: str = option(CRL, "the same of unlabeled data", choices=(CRL, URL, NONE), ablation=True)
     alpha_labeled: float = option(
         0.5, "weight of the region that is not favored, labeled data; 0 removes it", low=0.0, high=1.0
     )
     alpha_unlabeled: float = option(0.5, "the same of unlabeled data", low=0.0, high=1.0)
     percentile_labeled: float = option(95.0, "voxels above it are uncertain, labeled data", low=0.0, high=100.0)
     percentile_unlabeled: float = option(99.0, "voxels above it are uncertain, unlabeled data", low=0.0, high=100.0)
-    region_normalized: bool = option(False, "normalize each region's loss by the region's own size")
+    region_normalized: bool = option(False, "normalize each region's loss by the region's own size", ablation=True)
 
 
 class RegionLearning:

@@ -27,16 +27,24 @@ class BCPOptions(TeacherOptions, PretrainingOptions):
     pseudo_weight: float = option(0.5, "weight of pseudo-labeled voxels beside labeled ones", low=0.0)
     largest_component: bool = option(True, "keep only the largest component of each class in pseudo labels")
     unmixed: bool = option(
-        True, "labeled patches as they are, and one of the two mixed batches in turn; else both, as the paper"
+        True,
+        "labeled patches as they are, and one of the two mixed batches in turn; else both, as the paper",
+        ablation=True,
     )
-    mix_pretraining: bool = option(False, "copy-paste between labeled patches while pretraining, as the paper")
+    mix_pretraining: bool = option(
+        False, "copy-paste between labeled patches while pretraining, as the paper", ablation=True
+    )
     origin_normalized: bool = option(
-        False, "a loss for each origin of voxels, normalized by its own size, as the paper; else one loss with weights"
+        False,
+        "a loss for each origin of voxels, normalized by its own size, as the paper; else one loss with weights",
+        ablation=True,
     )
     unlabeled_foreground_sampling: float = option(
         0.33, "probability of centering an unlabeled patch on predicted foreground", low=0.0, high=1.0
     )
-    student_view: str = option("strong", "the student's unlabeled input; labels: weak view", choices=("strong", "weak"))
+    student_view: str = option(
+        "strong", "the student's unlabeled input; labels: weak view", choices=("strong", "weak"), ablation=True
+    )
     preset: str = option("default", "paper: its settings for ACDC", choices=("default", "paper"))
 
 

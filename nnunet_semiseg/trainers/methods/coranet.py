@@ -50,21 +50,26 @@ class CoraNetOptions(TeacherOptions, PretrainingOptions):
         "cost of a head's expensive mistake, that of the cheap one is 1; with 1 the heads differ by their start",
         low=1.0,
     )
-    setting: str = option("full", "rows of the paper's Table IV", choices=tuple(SETTINGS))
+    setting: str = option("full", "rows of the paper's Table IV", choices=tuple(SETTINGS), ablation=True)
     uncertainty: str = option(
         "cost",
         "what makes the mask: heads, test-time augmentation, MC dropout or aleatoric",
         choices=tuple(LABEL_BY),
+        ablation=True,
     )
-    passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2)
+    passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2, ablation=True)
     head_gradient: float = option(
         0.3, "share of the heads' gradient in what they share with the main branch", low=0.0, high=1.0
     )
-    cost_dice: float = option(1.0, "weight of cost-sensitive Dice beside the heads' cross-entropy", low=0.0)
+    cost_dice: float = option(
+        1.0, "weight of cost-sensitive Dice beside the heads' cross-entropy", low=0.0, ablation=True
+    )
     certain_weight: float = option(0.3, "largest weight of self-training on the certain region", low=0.0)
-    pseudo_dice: float = option(1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0)
+    pseudo_dice: float = option(
+        1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0, ablation=True
+    )
     consistency_weight: float = option(0.3, "largest weight of the consistency on the uncertain region", low=0.0)
-    all_heads: bool = option(False, "self-training and consistency on the two cost heads as well")
+    all_heads: bool = option(False, "self-training and consistency on the two cost heads as well", ablation=True)
     relabel_every: int = option(50, "steps between two relabelings; also at the start of an epoch", low=1)
     label_reuse: int = option(5, "steps that train on a labeled patch before it is replaced", low=1)
     deep_pseudo: bool = option(False, "self-training at every resolution that nnU-Net supervises")

@@ -27,10 +27,13 @@ class CPSOptions(SecondNetworkOptions, PseudoLabelOptions, PretrainingOptions):
         choices=("default", "paper", "code"),
     )
     pseudo_weight: float = option(0.5, "largest weight of the loss on the other network's labels", low=0.0)
-    pseudo_loss: str = option("both", "that loss", choices=("ce", "dice", "both"))
+    pseudo_loss: str = option("both", "that loss", choices=("ce", "dice", "both"), ablation=True)
     deep_pseudo: bool = option(False, "that loss at every resolution that nnU-Net supervises")
     student_view: str = option(
-        "strong", "the input that is learned on; strong: labels from the weak view", choices=("strong", "weak")
+        "strong",
+        "the input that is learned on; strong: labels from the weak view",
+        choices=("strong", "weak"),
+        ablation=True,
     )
 
 

@@ -35,12 +35,15 @@ class DTMLOptions(SecondNetworkOptions, DistanceOptions):
         "paper: ramp over the whole run; code: also its consistency, weight 2 beside half of M_s's loss",
         choices=("default", "paper", "code"),
     )
-    supervision: str = option("mask", "what M_d learns from labels (Table 1)", choices=("mask", "distance", "both"))
+    supervision: str = option(
+        "mask", "what M_d learns from labels (Table 1)", choices=("mask", "distance", "both"), ablation=True
+    )
     consistency_weight: float = option(0.1, "largest weight of the cross-task consistency", low=0.0)
     setting: str = option(
         "full",
         "rows of Table 2: segmentation or distance: that network alone; labeled: consistency on labeled data only",
         choices=("full", "labeled", "segmentation", "distance"),
+        ablation=True,
     )
 
 

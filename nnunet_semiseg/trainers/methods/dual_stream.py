@@ -40,16 +40,21 @@ SAMPLED_VOXELS = 4096
 class DualStreamOptions(SecondNetworkOptions, PretrainingOptions):
     second_network: str = second_network_option("other")
     pseudo_weight: float = option(0.5, "largest weight of the winner's pseudo labels", low=0.0)
-    taught: str = option("both", "the networks that learn them", choices=("both", "loser"))
+    taught: str = option("both", "the networks that learn them", choices=("both", "loser"), ablation=True)
     disagreement_weight: float = option(0.1, "largest weight of the term on confident disagreement", low=0.0)
     contrast_weight: float = option(0.1, "largest weight of the prototype term", low=0.0)
-    mistake_weight: float = option(0.0, "weight of the code's labeled term where one network alone is sure", low=0.0)
+    mistake_weight: float = option(
+        0.0, "weight of the code's labeled term where one network alone is sure", low=0.0, ablation=True
+    )
     unreliable: float = option(2.0, "percentage of voxels, those of highest entropy", low=0.0, high=100.0)
     confidence: float = option(0.6, "both networks are this sure where their disagreement counts", low=0.0, high=1.0)
     prototype_momentum: float = option(0.0, "moving average of prototypes; 0: of the batch alone", low=0.0, high=0.999)
     deep_pseudo: bool = option(False, "pseudo labels at every resolution that nnU-Net supervises")
     student_view: str = option(
-        "strong", "the input that is learned on; pseudo labels are from the weak view", choices=("strong", "weak")
+        "strong",
+        "the input that is learned on; pseudo labels are from the weak view",
+        choices=("strong", "weak"),
+        ablation=True,
     )
     preset: str = option(
         "default",

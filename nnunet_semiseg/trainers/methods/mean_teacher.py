@@ -23,7 +23,7 @@ from nnunet_semiseg.trainers.options import option
 class NoisyTeacherOptions(TeacherOptions):
     noise: float = option(0.1, "SD of the noise on the teacher's input, in normalized intensities", low=0.0)
     student_view: str = option(
-        "strong", "the student's input; the teacher's is the weak one", choices=("strong", "weak")
+        "strong", "the student's input; the teacher's is the weak one", choices=("strong", "weak"), ablation=True
     )
 
 

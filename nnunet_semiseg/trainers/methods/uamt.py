@@ -20,7 +20,7 @@ from nnunet_semiseg.trainers.options import option
 @dataclass(frozen=True)
 class UAMTOptions(MeanTeacherOptions):
     preset: str = option("default", "paper: its weight, ramp and dropout", choices=("default", "paper"))
-    uncertainty: bool = option(True, "false: consistency everywhere, the ablation")
+    uncertainty: bool = option(True, "false: consistency everywhere, the ablation", ablation=True)
     passes: int = option(8, "stochastic passes of the teacher", low=1)
     dropout: float = option(0.0, "dropout of both networks' bottleneck and last features", low=0.0, high=0.9)
     percentile: float = option(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_semiseg.networks.features import Outputs
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -45,13 +49,13 @@ class EMATeacher(nn.Module):
         self._updates = 0
         self.module = copy.deepcopy(unwrap(student)).requires_grad_(False)
         # In a tuple, so that the compiled network is not a second submodule.
-        self._run = (self.module,)
+        self._run: tuple[Callable[[torch.Tensor], Outputs]] = (self.module,)
 
-    def compile_with(self, compiled) -> None:
+    def compile_with(self, compiled: Callable[[nn.Module], Callable]) -> None:
         """Run the network as ``compiled`` returns it, ``torch.compile`` say."""
         self._run = (compiled(self.module),)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Outputs:
         return self._run[0](x)
 
     def current_decay(self) -> float:
@@ -78,8 +82,8 @@ class EMATeacher(nn.Module):
         for mine, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> dict[str, int]:
         return {"updates": self._updates}
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: Any) -> None:
         self._updates = int(state["updates"])

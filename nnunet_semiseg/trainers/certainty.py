@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from nnunet_semiseg.losses.uncertainty import agreement, small_deviation
+
+if TYPE_CHECKING:
+    from nnunet_semiseg.trainers.methods.coranet import nnUNetTrainerCoraNet
 
 # Table VI: a confidence above 0.8 (test-time augmentation, MC dropout) or a standard deviation below 0.001 is certain.
 CERTAIN_CONFIDENCE = 0.8
 CERTAIN_DEVIATION = 0.001
 DROPOUT = 0.5
 
+Labeled = tuple[torch.Tensor, torch.Tensor]
+
 # Each function takes CoraNet's trainer and (B, channels, *) patches, and returns the hard labels and a (B, 1, *) bool
 # mask of those that are certain.
 
 
-def by_cost(trainer, data: torch.Tensor):
+def by_cost(trainer: nnUNetTrainerCoraNet, data: torch.Tensor) -> Labeled:
     """Both cost-sensitive heads decide alike."""
     hard, heads = trainer.label_and_heads(data)
     return hard, agreement(heads["conservative"], heads["radical"])
 
 
-def by_test_time_augmentation(trainer, data: torch.Tensor):
+def by_test_time_augmentation(trainer: nnUNetTrainerCoraNet, data: torch.Tensor) -> Labeled:
     """The mean over random flips and, in 2D, zooms by 0.8 to 1.1 is confident."""
-    probabilities = 0
+    probabilities = torch.zeros((), device=data.device)
     for _ in range(trainer.options.passes):
         with trainer.random_stream:
             axes = [axis + 2 for axis in trainer.inference_allowed_mirroring_axes or () if torch.rand(()) < 0.5]
@@ -34,22 +41,22 @@ def by_test_time_augmentation(trainer, data: torch.Tensor):
     return _by_mean(trainer, probabilities / trainer.options.passes)
 
 
-def by_dropout(trainer, data: torch.Tensor):
+def by_dropout(trainer: nnUNetTrainerCoraNet, data: torch.Tensor) -> Labeled:
     """The mean over passes with dropout is confident."""
-    probabilities = 0
+    probabilities = torch.zeros((), device=data.device)
     for _ in range(trainer.options.passes):
         with trainer.random_stream:
             probabilities = probabilities + trainer.probabilities_with_dropout(data)
     return _by_mean(trainer, probabilities / trainer.options.passes)
 
 
-def by_deviation(trainer, data: torch.Tensor):
+def by_deviation(trainer: nnUNetTrainerCoraNet, data: torch.Tensor) -> Labeled:
     """A head predicts a small standard deviation of the logits."""
     hard, heads = trainer.label_and_heads(data)
     return hard, small_deviation(F.softplus(heads["deviation"].float()), CERTAIN_DEVIATION)
 
 
-def _by_mean(trainer, probabilities: torch.Tensor):
+def _by_mean(trainer: nnUNetTrainerCoraNet, probabilities: torch.Tensor) -> Labeled:
     labels = trainer.labels
     # LabelAdapter.hard reads logits; for a mean of sigmoids the threshold is 0.5.
     hard = labels.hard(probabilities - 0.5 if labels.has_regions else probabilities)

@@ -8,8 +8,9 @@ import torch
 
 from nnunet_semiseg.data.signed_distance import SignedDistanceTransform
 from nnunet_semiseg.losses.distance import cross_task_error, mask_of_distance
-from nnunet_semiseg.networks.features import full_resolution
-from nnunet_semiseg.trainers.frame import RampOptions
+from nnunet_semiseg.networks.features import Outputs, full_resolution
+from nnunet_semiseg.trainers.frame import RampOptions, Unlabeled, Voxels
+from nnunet_semiseg.trainers.frame.part import Part
 from nnunet_semiseg.trainers.options import option
 
 
@@ -25,14 +26,14 @@ class DistanceOptions(RampOptions):
     )
 
 
-class DistanceTask:
+class DistanceTask(Part):
     """Mixin: signed distances of labeled patches, computed by the augmentation workers if a loss needs them."""
 
     def needs_distance(self) -> bool:
         """Whether a loss needs the signed distance of the labels."""
         raise NotImplementedError
 
-    def target_transforms(self):
+    def target_transforms(self) -> list:
         if not self.needs_distance():
             return []
         configuration = self.configuration_manager
@@ -49,21 +50,21 @@ class DistanceTask:
             )
         ]
 
-    def split_distance(self, target):
+    def split_distance(self, target: Outputs) -> tuple[Outputs, torch.Tensor | None]:
         """The batch's target as nnU-Net's loss takes it, and the (B, K, *) signed distance or None."""
         if not self.needs_distance():
             return target, None
-        *target, distance = target
-        return (target if self.enable_deep_supervision else target[0]), distance
+        *scales, distance = target
+        return (scales if self.enable_deep_supervision else scales[0]), distance
 
-    def targets(self, unlabeled):
+    def targets(self, unlabeled: Unlabeled) -> Voxels:
         """The tasks are each other's target."""
         return {"valid": torch.ones_like(unlabeled.strong[:, :1], dtype=torch.bool)}
 
-    def targets_of_labels(self, hard, valid):
+    def targets_of_labels(self, hard: torch.Tensor, valid: torch.Tensor) -> Voxels:
         return {"valid": valid}
 
-    def consistency(self, outputs, distances: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def consistency(self, outputs: Outputs, distances: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Cross-task error of a segmentation network's outputs and (B, K, *) distances over a (B, 1, *) bool mask."""
         masks = mask_of_distance(distances, self.options.steepness)
         probabilities = self.labels.probabilities(full_resolution(outputs))

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from nnunet_semiseg.losses.pseudo_labels import OutputLoss
 from nnunet_semiseg.losses.regions import CRL, NONE, URL, RegionLoss
 from nnunet_semiseg.losses.uncertainty import above_percentile
-from nnunet_semiseg.networks.features import full_resolution
+from nnunet_semiseg.networks.features import Outputs, full_resolution
+from nnunet_semiseg.trainers.frame.part import Part
 from nnunet_semiseg.trainers.options import option
+
+# Uncertain voxels, what is favored, alpha, and the voxels that count, as RegionLoss takes them.
+Regions = tuple[torch.Tensor, str, float, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class RegionOptions:
     region_normalized: bool = option(False, "normalize each region's loss by the region's own size", ablation=True)
 
 
-class RegionLearning:
+class RegionLearning(Part):
     """Mixin: the host's segmentation losses on labeled and on pseudo-labeled voxels, weighted by region.
 
     The uncertain region of a sample is where the entropy of a prediction lies above a percentile of the sample's own
@@ -42,17 +47,21 @@ class RegionLearning:
     of weighted down) is ``alpha_unlabeled=0``.
     """
 
+    host_loss: OutputLoss
+
     def build_region_loss(self) -> None:
         self.region_loss = RegionLoss(self.host_loss, self.options.region_normalized)
 
-    def labeled_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def labeled_loss(self, outputs: Outputs, hard: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return self.region_loss(outputs, hard, *self._labeled_regions(outputs, valid))
 
-    def pseudo_loss(self, outputs, hard: torch.Tensor, valid: torch.Tensor, labeling: torch.Tensor) -> torch.Tensor:
+    def pseudo_loss(
+        self, outputs: Outputs, hard: torch.Tensor, valid: torch.Tensor, labeling: torch.Tensor
+    ) -> torch.Tensor:
         """``labeling``: the (B, C, *) logits that ``hard`` comes from."""
         return self.region_loss(outputs, hard, *self._unlabeled_regions(labeling, valid))
 
-    def labeled_weights(self, outputs, valid: torch.Tensor) -> torch.Tensor:
+    def labeled_weights(self, outputs: Outputs, valid: torch.Tensor) -> torch.Tensor:
         """(B, 1, *) weights instead of a loss, for a host that weights labels and pseudo labels in one.
 
         Their mean over the valid voxels is 1: regions shift weight within labeled data and within unlabeled data, not
@@ -67,7 +76,7 @@ class RegionLearning:
     def _mean_one(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return weights * (valid.sum() / weights.sum().clamp(min=1e-6))
 
-    def _labeled_regions(self, outputs, valid):
+    def _labeled_regions(self, outputs: Outputs, valid: torch.Tensor) -> Regions:
         """Arguments of RegionLoss."""
         entropy = self.labels.entropy(full_resolution(outputs).detach())
         uncertain = above_percentile(entropy, self.options.percentile_labeled, valid)
@@ -79,6 +88,6 @@ class RegionLearning:
         self.monitor("uncertain_voxels", uncertain.sum() / valid.sum().clamp(min=1))
         return uncertain
 
-    def _unlabeled_regions(self, labeling, valid):
+    def _unlabeled_regions(self, labeling: torch.Tensor, valid: torch.Tensor) -> Regions:
         uncertain = self.uncertain_labels(labeling, valid)
         return uncertain, self.options.unlabeled_regions, self.options.alpha_unlabeled, valid

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import autocast, nn
 
-from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, WeightedSegmentationLoss
+from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, VoxelLoss, WeightedSegmentationLoss
 from nnunet_semiseg.networks.ema import EMATeacher
-from nnunet_semiseg.networks.features import full_resolution
+from nnunet_semiseg.networks.features import Outputs, full_resolution
 from nnunet_semiseg.trainers.frame.options import FrameOptions, PseudoLabelOptions, SecondNetworkOptions
+from nnunet_semiseg.trainers.frame.part import Part
+from nnunet_semiseg.trainers.frame.settings import SeedOptions
 from nnunet_semiseg.trainers.options import build_options
 
 
@@ -44,8 +46,13 @@ class Unlabeled(NamedTuple):
 # What belongs to the voxels of patches, by name: (B, any, *) each.
 Voxels = dict[str, torch.Tensor]
 
+# A student or a teacher, as it is run.
+Network = Callable[[torch.Tensor], Outputs]
+# A module or a function.
+Compiled = TypeVar("Compiled", bound=Callable)
 
-class MethodHooks:
+
+class MethodHooks(Part):
     """Mixin: everything that a method overrides or calls.
 
     A method says what it needs of the frame by what its ``Options`` descend from: a moving-average teacher
@@ -53,7 +60,7 @@ class MethodHooks:
     phase on labels alone (PretrainingOptions), weights of pseudo labels (PseudoLabelOptions).
     """
 
-    Options = FrameOptions
+    Options: type[SeedOptions] = FrameOptions
     # Facts about a method, from which README, docs and benchmark are made.
     paper: Paper | None = None
     idea = ""
@@ -98,7 +105,7 @@ class MethodHooks:
         """Whether this step has an unsupervised loss; a function of ``self.progress``, the same on all ranks."""
         return self.needs_unlabeled() and self.schedule.has_begun()
 
-    def losses(self, data: torch.Tensor, target) -> Iterator[dict[str, Term]]:
+    def losses(self, data: torch.Tensor, target: Outputs) -> Iterator[dict[str, Term]]:
         """The terms of a step, in groups with a backward pass each; names are unique in a step.
 
         ``target`` is as nnU-Net's loss takes it. A method with another order of things overrides this instead of the
@@ -109,19 +116,21 @@ class MethodHooks:
         if self.uses_unlabeled():
             yield from self.unsupervised_losses(self.next_unlabeled(), data, target)
 
-    def supervised_loss(self, data: torch.Tensor, target, network: int = 0) -> dict[str, Term]:
+    def supervised_loss(self, data: torch.Tensor, target: Outputs, network: int = 0) -> dict[str, Term]:
         """nnU-Net's loss of one of ``students`` on the labeled batch."""
         outputs = self.labeled_outputs(data, target, network)
         with self.autocast():
             return {("supervised", "supervised_second")[network]: Term(self.loss(outputs, target))}
 
-    def labeled_outputs(self, data: torch.Tensor, target, network: int = 0):
+    def labeled_outputs(self, data: torch.Tensor, target: Outputs, network: int = 0) -> Outputs:
         """Outputs of one of ``students`` on the labeled batch; the schedule sees what it finds."""
         outputs = self.outputs(self.students[network], data)
         self.schedule.see(outputs, full_resolution(target), network)
         return outputs
 
-    def unsupervised_losses(self, unlabeled: Unlabeled, data=None, target=None) -> Iterator[dict[str, Term]]:
+    def unsupervised_losses(
+        self, unlabeled: Unlabeled, data: torch.Tensor, target: Outputs
+    ) -> Iterator[dict[str, Term]]:
         """Targets from the weak view; the student's view of the same voxels; and what holds the student to them.
 
         Args:
@@ -229,14 +238,14 @@ class MethodHooks:
         return self.network.module if self.is_ddp else self.network
 
     @property
-    def students(self) -> tuple:
+    def students(self) -> tuple[Network, ...]:
         """The networks that learn to segment, as they are run: the student, and a second one beside it."""
         return (self.student,) if self.second is None else (self.student, self.second)
 
     @property
     def teacher(self) -> EMATeacher | None:
         """The moving average of the student, if the method asks for one with TeacherOptions."""
-        return dict(self.companions).get("teacher")
+        return cast("EMATeacher | None", dict(self.companions).get("teacher"))
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -271,7 +280,7 @@ class MethodHooks:
         loss = WeightedSegmentationLoss(self.labels, self.configuration_manager.batch_dice, ce_weight, dice_weight)
         return self.deeply_supervised(loss)
 
-    def deeply_supervised(self, loss) -> DeeplySupervised:
+    def deeply_supervised(self, loss: VoxelLoss) -> DeeplySupervised:
         """A loss of (logits, hard, weight) at every resolution that nnU-Net supervises, with nnU-Net's weights."""
         deep = self.enable_deep_supervision and getattr(self.options, "deep_pseudo", True)
         return DeeplySupervised(loss, self.loss.weight_factors if deep else (1.0,))
@@ -297,16 +306,16 @@ class MethodHooks:
         self.monitor("sure_voxels", sure.float().mean())
         return torch.where(sure, 1.0, options.unsure_weight)
 
-    def autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager:
         """nnU-Net's mixed precision: float16 on CUDA, nothing elsewhere."""
         return autocast(self.device.type) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def outputs(self, network, data: torch.Tensor):
+    def outputs(self, network: Network, data: torch.Tensor) -> Outputs:
         """What a student or a teacher answers, as nnU-Net's loss takes it: a list with deep supervision."""
         with self.autocast():
             return network(data)
 
-    def logits(self, network, data: torch.Tensor) -> torch.Tensor:
+    def logits(self, network: Network, data: torch.Tensor) -> torch.Tensor:
         """Full-resolution (B, C, *) logits of a student or a teacher."""
         return full_resolution(self.outputs(network, data))
 
@@ -318,15 +327,15 @@ class MethodHooks:
         with self.random_stream:
             return next(self.dataloader_unlabeled)
 
-    def monitor(self, name: str, value) -> None:
+    def monitor(self, name: str, value: torch.Tensor | float) -> None:
         """Log a scalar that is no loss (a mask's utilization, say) as its mean over the epoch."""
         self._step_monitors[name] = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
 
-    def compiled(self, function):
+    def compiled(self, function: Compiled) -> Compiled:
         """``torch.compile`` where nnU-Net compiles its network."""
-        return torch.compile(function) if self._do_i_compile() else function
+        return cast(Compiled, torch.compile(function)) if self._do_i_compile() else function
 
 
-def as_key(label):
+def as_key(label: Any) -> Any:
     """A label or region as it stands as key in ``class_locations``."""
     return tuple(label) if isinstance(label, (list, tuple)) else label

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 
 from nnunet_semiseg.losses.mixing import beta_side, random_cuboid
-from nnunet_semiseg.networks.features import full_resolution
+from nnunet_semiseg.networks.features import Outputs, full_resolution
 from nnunet_semiseg.trainers.frame.hooks import Voxels
+from nnunet_semiseg.trainers.frame.part import Part
 
 # A box's share of the patch is drawn from Beta(4, 4).
 BETA = 4.0
 
 
-class Mixing:
+class Mixing(Part):
     """Mixin: one box and one turn for each step; nothing is interpolated, so targets stay exact."""
 
     def perturbed(self, own: Voxels, labeled: Voxels) -> Voxels:
@@ -53,7 +56,7 @@ class Mixing:
         with self.random_stream:
             return random_cuboid(shape, self.options.box or beta_side(len(shape), BETA)).to(self.device)
 
-    def labeled_voxels(self, data: torch.Tensor, target) -> Voxels:
+    def labeled_voxels(self, data: torch.Tensor, target: Outputs) -> Voxels:
         """A labeled batch as ``perturbed`` takes it; empty if nothing of it is used."""
         if self.options.mixing in ("none", "unlabeled"):
             return {}
@@ -70,7 +73,7 @@ class Mixing:
         # Never itself.
         return (own + 1 + torch.randint(others, (unlabeled,))) % (others + 1)
 
-    def _draw_turn(self, shape):
+    def _draw_turn(self, shape: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
         """A random element of the group of mirrorings and right angles that the patch allows."""
         axes = list(self.inference_allowed_mirroring_axes or ())
         spacing = list(self.configuration_manager.spacing)[-len(shape) :]
@@ -87,7 +90,7 @@ class Mixing:
 
         def turn(x: torch.Tensor) -> torch.Tensor:
             x = x.flip(mirrored) if mirrored else x
-            return torch.rot90(x, quarters, [2 + axis for axis in plane]) if quarters else x
+            return torch.rot90(x, quarters, [2 + axis for axis in plane]) if quarters and plane else x
 
         return turn
 

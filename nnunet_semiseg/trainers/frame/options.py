@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from nnunet_semiseg.trainers.frame.settings import SeedOptions
 from nnunet_semiseg.trainers.options import option
@@ -13,6 +14,9 @@ MIXING = ("none", "unlabeled", "labeled", "both", "copypaste")
 @dataclass(frozen=True)
 class FrameOptions(SeedOptions):
     """Options that every method has."""
+
+    # Settings by name, for an option ``preset``.
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
     strong_view: str = option(
         "nnunet",
@@ -82,7 +86,7 @@ class PseudoLabelOptions:
     deep_pseudo: bool = option(True, "pseudo labels at every resolution that nnU-Net supervises")
 
 
-def second_network_option(default: str):
+def second_network_option(default: str) -> str:
     return option(
         default,
         "architecture of the second network: the plans' own, or a plain or residual encoder U-Net; other: the one of "

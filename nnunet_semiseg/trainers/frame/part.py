@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from nnunet_semiseg.data.randomness import RandomStream
     from nnunet_semiseg.labels import LabelAdapter
+    from nnunet_semiseg.trainers.frame.schedule import Schedule
+    from nnunet_semiseg.trainers.frame.second_network import SecondNetwork
 
     class Part(nnUNetTrainer):
         """A mixin in front of nnU-Net's trainer, whose attributes it uses and whose methods it calls by ``super()``.
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
         network: Any
         labels: LabelAdapter
         companions: nn.ModuleDict
+        # The second student as it is run, and all there is of it.
+        second: Any
+        _second: SecondNetwork
+        schedule: Schedule
         random_stream: RandomStream
         global_step: int
         trained_on: set[str]

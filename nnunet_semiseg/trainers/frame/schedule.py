@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 
 from nnunet_semiseg.losses.ramps import ramp_up_between
-from nnunet_semiseg.networks.features import full_resolution
+from nnunet_semiseg.networks.features import Outputs, full_resolution
 from nnunet_semiseg.trainers.frame.options import PretrainingOptions, RampOptions
 
+if TYPE_CHECKING:
+    from nnunet_semiseg.trainers.frame.trainer import SemiSupervisedTrainer
 
-def schedule_of(trainer) -> Schedule:
+
+def schedule_of(trainer: SemiSupervisedTrainer) -> Schedule:
     """The schedule that a trainer's options ask for."""
     if isinstance(trainer.options, PretrainingOptions):
         return TwoPhases(trainer)
@@ -22,7 +26,7 @@ def schedule_of(trainer) -> Schedule:
 class Schedule:
     """Unlabeled data take part from the first step to the last, with their whole weight."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: SemiSupervisedTrainer):
         self.trainer = trainer
 
     def ramp(self) -> float:
@@ -33,7 +37,7 @@ class Schedule:
         """Whether this step has unlabeled data."""
         return self.ramp() > 0
 
-    def see(self, outputs, target: torch.Tensor, network: int = 0, valid: torch.Tensor | None = None) -> None:
+    def see(self, outputs: Outputs, target: torch.Tensor, network: int = 0, valid: torch.Tensor | None = None) -> None:
         """Called with the outputs of one of the trainer's ``students`` on labeled patches.
 
         Args:
@@ -59,13 +63,13 @@ class Schedule:
         """Inverse of ``state``. What a training that starts from a finished one's weights has not got is missing."""
 
     # The values of a state that hold for one training only.
-    OF_THIS_RUN = ()
+    OF_THIS_RUN: tuple[str, ...] = ()
 
 
 class RampUp(Schedule):
     """exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up`` of it; 0 before."""
 
-    def ramp(self):
+    def ramp(self) -> float:
         options = self.trainer.options
         return ramp_up_between(self.trainer.progress, options.warm_up, options.ramp_up)
 
@@ -80,7 +84,7 @@ class TwoPhases(Schedule):
 
     OF_THIS_RUN = ("phase_2_start",)
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: SemiSupervisedTrainer):
         super().__init__(trainer)
         # Progress at the start of phase 2, once it has started.
         self.phase_2_start: float | None = None
@@ -91,16 +95,16 @@ class TwoPhases(Schedule):
             1 + trainer.has_second_network(), 2, trainer.labels.num_foreground, device=trainer.device
         )
 
-    def has_begun(self):
+    def has_begun(self) -> bool:
         trainer = self.trainer
         enough = trainer.global_step >= math.ceil(trainer.options.pretraining * trainer.total_steps)
         return self.knows_classes and enough
 
-    def ramp(self):
+    def ramp(self) -> float:
         """From exp(-5) at the start of phase 2 to 1: SGD with momentum 0.99 takes a jump in the loss badly."""
-        return ramp_up_between(self.trainer.progress, self.phase_2_start, self.trainer.options.ramp_up)
+        return ramp_up_between(self.trainer.progress, cast(float, self.phase_2_start), self.trainer.options.ramp_up)
 
-    def see(self, outputs, target, network=0, valid=None):
+    def see(self, outputs: Outputs, target: torch.Tensor, network: int = 0, valid: torch.Tensor | None = None) -> None:
         if self.knows_classes:
             return
         labels = self.trainer.labels
@@ -118,15 +122,15 @@ class TwoPhases(Schedule):
         axes = [0, *range(2, present.ndim)]
         self.counts[network] += torch.stack(((found * present).sum(axes), present.sum(axes)))
 
-    def before_step(self):
+    def before_step(self) -> None:
         if self.phase_2_start is None and self.trainer.uses_unlabeled():
             self.phase_2_start = self.trainer.progress
             self.trainer.start_phase_2()
 
-    def start_epoch(self):
+    def start_epoch(self) -> None:
         self.counts.zero_()
 
-    def end_epoch(self):
+    def end_epoch(self) -> None:
         if self.knows_classes:
             return
         trainer, min_recall = self.trainer, self.trainer.options.min_recall
@@ -144,7 +148,7 @@ class TwoPhases(Schedule):
                 f"Pretraining goes on: recall on labeled data is {listed}; min_recall is {min_recall}"
             )
 
-    def end(self):
+    def end(self) -> None:
         if self.phase_2_start is None and self.trainer.needs_unlabeled():
             self.trainer.print_to_log_file(
                 "WARNING: This run never got beyond pretraining on labeled data"
@@ -153,9 +157,9 @@ class TwoPhases(Schedule):
                 + ("pretraining" if self.knows_classes else "min_recall")
             )
 
-    def state(self):
+    def state(self) -> dict:
         return {"phase_2_start": self.phase_2_start, "knows_classes": self.knows_classes, "recall": self.recall}
 
-    def load_state(self, state):
+    def load_state(self, state: dict) -> None:
         self.phase_2_start, self.knows_classes = state.get("phase_2_start"), state["knows_classes"]
         self.recall = dict(state["recall"])

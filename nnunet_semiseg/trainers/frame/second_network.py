@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -12,6 +13,9 @@ from torch import nn
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.networks.second import second_plans
+
+if TYPE_CHECKING:
+    from nnunet_semiseg.trainers.frame.trainer import SemiSupervisedTrainer
 
 # What the trainer's name gets in the name of the second network's model folder.
 SUFFIX = "_second"
@@ -28,7 +32,7 @@ class SecondNetwork:
         trainer: Whose options name B's architecture; B is initialized by nnU-Net with other random numbers than A.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: SemiSupervisedTrainer):
         self.trainer = trainer
         self.plans = second_plans(
             trainer.plans_manager.plans, trainer.configuration_name, trainer.options.second_network

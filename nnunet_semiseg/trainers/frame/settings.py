@@ -7,15 +7,19 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_semiseg.data.randomness import seed_everything
 from nnunet_semiseg.data.views import fix_transform_arithmetic
-from nnunet_semiseg.data.workers import augmenter, no_workers
+from nnunet_semiseg.data.workers import Augmenter, augmenter, no_workers
 from nnunet_semiseg.trainers.frame.distributed import gathered
+from nnunet_semiseg.trainers.frame.part import Part
 from nnunet_semiseg.trainers.options import build_options, check_folder_name, option
 
 # The loaders of a training.
@@ -40,13 +44,13 @@ class SeedOptions:
     seed: int = option(-1, "seed of all random numbers, those of the augmentation processes included; -1: none", low=-1)
 
 
-class Settings:
+class Settings(Part):
     """Mixin in front of an nnU-Net trainer: its name sets nnU-Net's schedule attributes and a seed.
 
     Its checkpoints are whole, whenever it is killed, and its log has the peak of the GPU's memory.
     """
 
-    Options = SeedOptions
+    Options: type[SeedOptions] = SeedOptions
     # Set by the class that a name with options makes (registry.find_trainer).
     chosen_options: dict = {}
     chosen_schedule: dict = {}
@@ -81,19 +85,19 @@ class Settings:
     def seed_of_rank(self) -> int | None:
         return self.options.seed + self.local_rank if self.options.seed >= 0 else None
 
-    def initialize(self):
+    def initialize(self) -> None:
         if self.seed_of_rank is not None:
             seed_everything(self.seed_of_rank)
         super().initialize()
 
-    def get_training_transforms(self, *args, **kwargs):
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         """nnU-Net's; with a seed, they compute the same again."""
         transforms = super().get_training_transforms(*args, **kwargs)
         if self.options.seed >= 0:
             fix_transform_arithmetic(transforms)
         return transforms
 
-    def get_dataloaders(self):
+    def get_dataloaders(self) -> tuple[Augmenter, Augmenter]:
         """nnU-Net's; with a seed, their processes are seeded, which nnU-Net's are not."""
         if self.options.seed < 0:
             return super().get_dataloaders()
@@ -101,7 +105,7 @@ class Settings:
             train, val = (single.data_loader for single in super().get_dataloaders())
         return self._augmenter(train, "labeled", 1.0), self._augmenter(val, "validation", 0.5)
 
-    def _augmenter(self, loader, stream: str, share: float):
+    def _augmenter(self, loader: nnUNetDataLoader, stream: str, share: float) -> Augmenter:
         """Batches of a loader.
 
         Args:

@@ -63,7 +63,6 @@ class SemiSupervisedTrainer(
         self.schedule = schedule_of(self)
         self.dataloader_unlabeled = None
         self.global_step = 0
-        self.random_stream: RandomStream | None = None
         self.foreground_locations: dict = {}
         self.absent_classes: set[str] = set()
         # Also before a restart.
@@ -83,7 +82,7 @@ class SemiSupervisedTrainer(
                 "case, which unlabeled cases do not have. Train 3d_lowres or 3d_fullres instead"
             )
 
-    def initialize(self):
+    def initialize(self) -> None:
         super().initialize()
         trained = len(self.trained_resolutions)
         if trained < self.min_resolutions:
@@ -115,7 +114,7 @@ class SemiSupervisedTrainer(
     def _weight_sums(self) -> torch.Tensor:
         return torch.stack([p.detach().double().sum() for p in self.network.parameters()])
 
-    def on_train_start(self):
+    def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
         dataset = self._unlabeled_cases = self.unlabeled_dataset() if self.needs_unlabeled() else None
@@ -142,7 +141,7 @@ class SemiSupervisedTrainer(
     def folder_suffix(cls) -> str:
         return SUFFIX if cls.has_second_network() else ""
 
-    def on_train_epoch_start(self):
+    def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.companions.train()
         self.global_step = self.current_epoch * self.num_iterations_per_epoch
@@ -151,11 +150,11 @@ class SemiSupervisedTrainer(
         if self.options.unlabeled_foreground_sampling and self.uses_unlabeled():
             self._refresh_foreground_locations()
 
-    def on_train_epoch_end(self, train_outputs):
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         self.schedule.end_epoch()
         super().on_train_epoch_end(train_outputs)
 
-    def on_train_end(self):
+    def on_train_end(self) -> None:
         super().on_train_end()
         self.schedule.end()
         if self.second is not None and self.local_rank == 0 and not self.disable_checkpointing and self.writes_second():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from nnunet_semiseg.trainers.frame import (
     SemiSupervisedTrainer,
     TeacherOptions,
     Term,
+    Voxels,
 )
 from nnunet_semiseg.trainers.options import option
 
@@ -245,7 +246,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         """(B, K, *) logits of each head."""
         if name not in self.companions:
             return {}
-        heads = self.companions[name]
+        heads: Any = self.companions[name]
         heads = heads.module if isinstance(heads, EMATeacher) else heads
         share = self.options.head_gradient
         if features.requires_grad and share != 1.0:
@@ -312,7 +313,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     # --------------------------------------------------------------------------------------- C-SN and UC-SN, Eqs. 7, 8
 
     @torch.no_grad()
-    def targets(self, unlabeled: Relabeled):
+    def targets(self, unlabeled: Relabeled) -> Voxels:  # type: ignore[override] # as next_unlabeled returns it
         certain = unlabeled.certain
         self.monitor("certain_voxels", certain.float().mean())
         self.monitor("pseudo_foreground", self.labels.is_foreground(unlabeled.hard).float().mean())
@@ -323,6 +324,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
 
     def _followed(self, weak: torch.Tensor) -> dict[str, torch.Tensor]:
         """Probabilities of the teacher, and with ``all_heads`` those of its two heads."""
+        assert self.teacher is not None
         if not self._trains_all_heads:
             return {"main": self.labels.probabilities(self.logits(self.teacher, weak))}
         with self.autocast():

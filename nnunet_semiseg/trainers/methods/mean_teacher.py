@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,8 +60,9 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     labeled_by = "teacher"
     terms = dict(supervised=STUDENT, consistency=STUDENT)
     switched_off = "consistency_weight=0"
-    Options = MeanTeacherOptions
-    options: NoisyTeacherOptions
+    Options: type[NoisyTeacherOptions] = MeanTeacherOptions
+    # Of a subclass, other NoisyTeacherOptions.
+    options: Any
 
     @property
     def largest_weight(self) -> float:
@@ -76,6 +78,7 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     @torch.no_grad()
     def teacher_logits(self, weak: torch.Tensor) -> torch.Tensor:
         """(B, C, *) of the teacher, on the weak view with noise."""
+        assert self.teacher is not None
         with self.random_stream:
             return self.logits(self.teacher, clamped_noise(weak, self.options.noise))
 

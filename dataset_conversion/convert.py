@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 import importlib
 import json
@@ -11,6 +12,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from nnunet_semiseg.segmentations import version
 SPLITS = ("train", "validation", "test")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, module in _modules().items():
         subparser = names.add_parser(name, help=module.SOURCE.title, description=f"Convert {module.SOURCE.title}.")
@@ -59,7 +61,7 @@ def _modules() -> dict:
     return {n.partition("_")[2]: importlib.import_module(f"dataset_conversion.{n}") for n in sorted(names)}
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     source: Source = _modules()[args.name].SOURCE
     if not source.labels:
         source = replace(source, labels=dict(args.labels), channels=tuple(args.channels))
@@ -70,9 +72,9 @@ def run(args) -> int:
     unpacked = work / "unpacked"
     lists = _read_lists(args.splits, args.budget)
     download = Download(args.i, unpacked)
-    cases = _checked(source.cases(download, args))
-    parts = assign(cases, args.labeled, lists)
-    cases = {case.name: case for case in cases if case.name in parts}
+    found = _checked(source.cases(download, args))
+    parts = assign(found, args.labeled, lists)
+    cases = {case.name: case for case in found if case.name in parts}
     folds = make_folds(cases, parts)
     splits_file = Path(str(nnUNet_preprocessed)) / name / "splits_final.json"
     if splits_file.is_file() and read_json(splits_file) != folds:
@@ -187,7 +189,7 @@ def _read_lists(file: Path | None, budget: str | None) -> dict[str, list[str]]:
     if not file or not budget:
         raise ValueError("--budget NAME and --splits JSON go together: NAME is a list in that file")
     try:
-        group, chosen = None, json.loads(file.read_bytes())
+        group, chosen = {}, json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     for key in budget.split("/"):
@@ -231,30 +233,30 @@ def assign(cases: list[Case], num_labeled: int | None, lists: dict[str, list[str
 
     homes: dict[str, tuple[str, str]] = {}
     for case in cases:
-        split = splits[case.name]
-        if split and homes.setdefault(case.patient, (split, case.name))[0] != split:
+        home = splits[case.name]
+        if home and homes.setdefault(case.patient, (home, case.name))[0] != home:
             other, name = homes[case.patient]
-            raise ValueError(f"Patient {case.patient} is in two splits: {name} in {other}, {case.name} in {split}")
+            raise ValueError(f"Patient {case.patient} is in two splits: {name} in {other}, {case.name} in {home}")
 
     if not lists:
         patients = list(dict.fromkeys(c.patient for c in cases if splits[c.name] == "train" and c.label))
         if num_labeled is not None and not 1 <= num_labeled <= len(patients):
             raise ValueError(f"--labeled {num_labeled}: there are {len(patients)} training patients with labels")
-        chosen = set(patients[:num_labeled])
-        labeled = {c.name for c in cases if splits[c.name] == "train" and c.label and c.patient in chosen}
+        first = set(patients[:num_labeled])
+        labeled = {c.name for c in cases if splits[c.name] == "train" and c.label and c.patient in first}
     if not labeled:
         raise ValueError("No training case would be labeled. nnU-Net needs at least one")
     parts = {}
     for case in cases:
-        split = splits[case.name]
-        if split == "train":
-            split = "labeled" if case.name in labeled else "unlabeled"
-        if split in ("labeled", "validation") and not case.label:
-            raise ValueError(f"Case {case.name} ({case.images[0]}) has no label, but is to be in {split}")
-        if split in ("labeled", "validation", "test") and case.label and not case.label.is_file():
+        part = splits[case.name]
+        if part == "train":
+            part = "labeled" if case.name in labeled else "unlabeled"
+        if part in ("labeled", "validation") and not case.label:
+            raise ValueError(f"Case {case.name} ({case.images[0]}) has no label, but is to be in {part}")
+        if part in ("labeled", "validation", "test") and case.label and not case.label.is_file():
             raise ValueError(f"{case.label}, the label of case {case.name}, is missing")
-        if split:
-            parts[case.name] = split
+        if part:
+            parts[case.name] = part
     left_out = len(cases) - len(parts)
     if left_out:
         print(f"{left_out} cases are in no list and are left out, such as {next(n for n in splits if n not in parts)}")
@@ -312,7 +314,7 @@ def _summary(table: dict[str, dict], source: Source) -> str:
     return "\n".join([*lines, *(f"{count} x {note}" for note, count in sorted(notes.items()))])
 
 
-def _range(values) -> str:
+def _range(values: Iterable[float]) -> str:
     low, high = (f"{value:.3g}" for value in (min(values), max(values)))
     return low if low == high else f"{low}-{high}"
 

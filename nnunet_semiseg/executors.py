@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -52,12 +52,12 @@ class Failure:
     log: Path
     tail: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.job.name} failed ({self.reason}). {shown(self.log, self.tail)}"
 
 
 @contextmanager
-def _alone(folders: Iterable[Path]):
+def _alone(folders: Iterable[Path]) -> Iterator[None]:
     """Raises ValueError if another call has one of the folders."""
     with ExitStack() as stack:
         for folder in sorted(set(folders)):
@@ -345,7 +345,8 @@ class SlurmExecutor:
                 # The cluster's controller is away for a while; the jobs are not.
                 _show(bar, str(error))
                 continue
-            again, counts = [], Counter()
+            again: list[Job] = []
+            counts: Counter[str] = Counter()
             for name in list(seen):
                 attempt = self._attempts[name]
                 state, why = states.get((attempt.batch, attempt.index), ("", ""))
@@ -405,7 +406,11 @@ class SlurmExecutor:
     def _say_what_goes_on(self) -> None:
         with suppress(OSError):
             states = self._states()
-            active = [a.id for a in self._attempts.values() if _is_active(states.get((a.batch, a.index), ("", ""))[0])]
+            active = [
+                a.id
+                for a in self._attempts.values()
+                if a.id and _is_active(states.get((a.batch, a.index), ("", ""))[0])
+            ]
             if active:
                 _say(
                     "The jobs go on in Slurm. Run the same command again to wait for them, or cancel them: scancel "

@@ -14,11 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 # Begins the line that a job's log has before the output of each attempt.
 HEADER = "=== job "
@@ -72,7 +72,7 @@ def start(job: Job, lock_file: Path | None = None) -> subprocess.Popen:
             valid as long as there is a lock on it: until the last process of the group has ended (``end_processes``).
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    options = dict(env=job.full_environment(), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    options: dict[str, Any] = dict(env=job.full_environment(), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     with open(job.log, "ab") as log:
         begin = "\n" if log.tell() else ""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -80,7 +80,10 @@ def start(job: Job, lock_file: Path | None = None) -> subprocess.Popen:
         log.flush()
         if lock_file is None:
             return subprocess.Popen(job.command, stdout=log, **options)
-        with lock(lock_file) as held:
+        held = lock(lock_file)
+        if held is None:
+            raise RuntimeError(f"{lock_file} is locked: the processes of an earlier {job.name} have not ended")
+        with held:
             held.truncate(0)
             # The command's own process writes its number, so that there is one even if this process is killed now.
             script = 'echo "$$ $1" > "$0" && shift && exec "$@"'
@@ -148,7 +151,7 @@ def end_processes(lock_files: Iterable[Path]) -> None:
 
 
 @contextmanager
-def signals_raise():
+def signals_raise() -> Iterator[None]:
     """SIGTERM and SIGHUP raise SystemExit as Ctrl-C raises KeyboardInterrupt; what nohup ignores stays ignored."""
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
     for number in numbers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from nnunet_semiseg.benchmark.records import (
     QUALITY_COLUMNS,
     RECORD,
     SNAPSHOTS,
-    read_if_whole,
     read_quality,
     update_record,
 )
@@ -46,7 +46,7 @@ class Snapshots:
         self.folder = fold / SNAPSHOTS
         self.folder.mkdir(exist_ok=True)
         self.epochs = epochs
-        self._seen = None
+        self._seen: tuple[int, int] | None = None
 
     def _share(self, epoch: int) -> int:
         return epoch * NUM_SNAPSHOTS // self.epochs
@@ -103,7 +103,7 @@ class Scorer:
         folder = str(preprocessed / manager.get_configuration(configuration).data_identifier)
         self.data = infer_dataset_class(folder)(folder, list(cases))
 
-    def networks(self, checkpoint: dict):
+    def networks(self, checkpoint: dict) -> Iterator[tuple[str, dict, dict]]:
         """Yield name, weights and plans of every network in it that segments."""
         state = checkpoint.get(checkpoints.STATE_KEY, {"companions": {}})
         yield "student", state.get("student", checkpoint["network_weights"]), self.plans
@@ -116,11 +116,13 @@ class Scorer:
 
     def dice(self, weights: dict, plans: dict) -> dict[str, float]:
         """{class: mean Dice of the cases}; a case without the class in both label and prediction does not count."""
-        plans = PlansManager(plans)
-        configuration = plans.get_configuration(self.configuration)
-        channels = determine_num_input_channels(plans, configuration, self.dataset_json)
-        network = find_trainer(self.trainer).build_network_architecture(
-            plans, configuration, channels, self.labels.num_outputs, enable_deep_supervision=False
+        manager = PlansManager(plans)
+        configuration = manager.get_configuration(self.configuration)
+        channels = determine_num_input_channels(manager, configuration, self.dataset_json)
+        trainer = find_trainer(self.trainer)
+        assert trainer is not None
+        network = trainer.build_network_architecture(
+            manager, configuration, channels, self.labels.num_outputs, enable_deep_supervision=False
         )
         network.load_state_dict(weights)
         predictor = nnUNetPredictor(
@@ -170,7 +172,7 @@ def class_names(dataset_json: dict) -> dict[str, str]:
     return {str(tuple(v) if isinstance(v, list) else v): name for name, v in labels.items()}
 
 
-def class_name(names: dict[str, str], label) -> str:
+def class_name(names: dict[str, str], label: object) -> str:
     return names.get(str(label), str(label))
 
 
@@ -187,7 +189,7 @@ def score(fold: Path, preprocessed: Path, num_cases: int, device: str) -> None:
     final = fold / "checkpoint_final.pth"
     log = checkpoints.read(final)["logging"]
     snapshots = {_epoch(file): file for file in sorted((fold / SNAPSHOTS).glob("epoch_*.pth"))}
-    hidden = read_if_whole(fold / RECORD)["split"]["unlabeled"]
+    hidden = read_json(fold / RECORD, ("split",))["split"]["unlabeled"]
     if (fold / SNAPSHOTS).is_dir() and hidden:
         snapshots[len(log["mean_fg_dice"])] = final
         number = min(num_cases, len(hidden))

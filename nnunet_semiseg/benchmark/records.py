@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnunet_semiseg.files import read_json, read_table, write_json
 
@@ -19,7 +20,7 @@ def read_if_whole(file: Path) -> dict | None:
     return None
 
 
-def update_record(fold: Path, **values) -> dict:
+def update_record(fold: Path, **values: Any) -> dict:
     """Change what the benchmark remembers of a run, in a file beside run.log."""
     record = {**(read_if_whole(fold / RECORD) or {}), **values}
     write_json(fold / RECORD, record)
@@ -53,7 +54,7 @@ class Run:
     seed: int
     fold: Path
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.method}, {self.budget}, seed {self.seed}"
 
     @property
@@ -81,7 +82,9 @@ class Run:
     @property
     def mean(self) -> float:
         """Mean Dice over the foreground classes, of a run with a summary."""
-        return self.summary["foreground_mean"]["Dice"]
+        summary = self.summary
+        assert summary is not None
+        return summary["foreground_mean"]["Dice"]
 
     @property
     def peak_gib(self) -> float | None:

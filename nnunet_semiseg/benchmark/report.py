@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nnunet_semiseg.benchmark.quality import class_name, class_names
 from nnunet_semiseg.benchmark.records import Run, read_quality
 from nnunet_semiseg.benchmark.runs import Benchmark
 from nnunet_semiseg.benchmark.suite import ALL, VANILLA
+from nnunet_semiseg.evaluation.comparison import colors
 from nnunet_semiseg.files import whole, write_csv, write_json, write_text
 from nnunet_semiseg.trainers.registry import find_trainer
+
+# {method: how its lines look}
+Style = dict[str, dict[str, Any]]
 
 PAGE = """\
 # {title}
@@ -60,7 +67,7 @@ def _cell(values: list[float], wanted: int) -> str:
     return text if len(values) == wanted else f"{text} ({len(values)} of {wanted} seeds)"
 
 
-def _table(header: list[str], rows) -> str:
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -69,15 +76,15 @@ def report(benchmark: Benchmark) -> None:
     """Write tables and pictures of what is done into the output folder."""
     folds, output = benchmark.folds, benchmark.output
     methods = list(dict.fromkeys(run.method for run in benchmark.runs))
-    results = [run for run in benchmark.runs if run.summary is not None]
+    summaries = {run: summary for run in benchmark.runs if (summary := run.summary) is not None}
     names = class_names(benchmark.dataset.json)
     dice = {
-        run: {class_name(names, label): values["Dice"] for label, values in run.summary["mean"].items()}
-        for run in results
+        run: {class_name(names, label): values["Dice"] for label, values in summary["mean"].items()}
+        for run, summary in summaries.items()
     }
     write_text(output / "results.md", results_page(benchmark, methods, dice))
     rows = []
-    for run in results:
+    for run in summaries:
         start = [run.method, run.trainer, run.budget, len(folds[run.budget]["train"]), run.number, run.seed]
         costs = [run.record.get("training_minutes", ""), "" if run.peak_gib is None else run.peak_gib]
         rows += [[*start, name, value, *costs] for name, value in {**dice[run], "mean": run.mean}.items()]
@@ -85,8 +92,7 @@ def report(benchmark: Benchmark) -> None:
     write_csv(output / "results.csv", [*header, "peak_memory_gib"], rows)
     write_json(output / "splits_final.json", list(folds.values()))
 
-    colors = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"].colors
-    style = {method: dict(color=colors[i % len(colors)], label=method) for i, method in enumerate(methods)}
+    style: Style = {method: dict(color=color, label=method) for method, color in zip(methods, colors(len(methods)))}
     label_efficiency(benchmark, style)
     panels(benchmark, style, "validation_curves.png", "nnU-Net's validation pseudo Dice (0 to 1)", draw_validation)
     quality = "Dice of withheld cases (0 to 1)\nsolid: network that labels; dashed: student"
@@ -124,7 +130,7 @@ def results_page(benchmark: Benchmark, methods: list[str], dice: dict[Run, dict[
     )
 
 
-def label_efficiency(benchmark: Benchmark, style: dict) -> None:
+def label_efficiency(benchmark: Benchmark, style: Style) -> None:
     """Mean Dice against the number of labeled cases."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -132,7 +138,7 @@ def label_efficiency(benchmark: Benchmark, style: dict) -> None:
     several = len(benchmark.suite.seeds) > 1
     for method, look in style.items():
         points = []
-        for budget in sorted(sizes, key=sizes.get):
+        for budget in sorted(sizes, key=lambda budget: sizes[budget]):
             values = [run.mean for run in benchmark.finished(method, budget)]
             if values:
                 points.append((sizes[budget], np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0))
@@ -142,16 +148,18 @@ def label_efficiency(benchmark: Benchmark, style: dict) -> None:
     ceiling = [run.mean for run in benchmark.finished(VANILLA, ALL)]
     if ceiling:
         number = len(benchmark.folds[ALL]["train"])
-        axes.axhline(np.mean(ceiling), color="black", linestyle=":", label=f"{VANILLA}, all {number} labels")
+        axes.axhline(float(np.mean(ceiling)), color="black", linestyle=":", label=f"{VANILLA}, all {number} labels")
     ticks = sorted(set(sizes.values()))
     axes.set_xscale("log")
-    axes.set_xticks(ticks, ticks)
+    axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
     axes.set(xlabel="labeled cases (logarithmic)", ylabel="mean foreground Dice (0 to 1)", title=benchmark.dataset.name)
     _save(figure, benchmark.output / "label_efficiency.png")
 
 
-def panels(benchmark: Benchmark, style: dict, file: str, ylabel: str, draw) -> None:
+def panels(
+    benchmark: Benchmark, style: Style, file: str, ylabel: str, draw: Callable[[Axes, list[Run], dict[str, Any]], None]
+) -> None:
     """A picture with one panel for each budget; ``draw(axes, runs, look)`` draws a method's line."""
     budgets = [budget for budget in benchmark.folds if budget != ALL]
     figure = Figure(figsize=(3 + 4.5 * len(budgets), 4.5), layout="constrained")
@@ -165,7 +173,7 @@ def panels(benchmark: Benchmark, style: dict, file: str, ylabel: str, draw) -> N
     _save(figure, benchmark.output / file)
 
 
-def draw_validation(axes, runs: list[Run], look: dict) -> None:
+def draw_validation(axes: Axes, runs: list[Run], look: dict[str, Any]) -> None:
     """Mean over the seeds."""
     curves = [curve for run in runs if (curve := run.record.get("validation_dice"))]
     if curves:
@@ -173,7 +181,7 @@ def draw_validation(axes, runs: list[Run], look: dict) -> None:
         axes.plot(range(1, len(mean) + 1), mean, **look)
 
 
-def draw_quality(axes, runs: list[Run], look: dict) -> None:
+def draw_quality(axes: Axes, runs: list[Run], look: dict[str, Any]) -> None:
     """Mean over classes and seeds; solid for the network that makes the labels, dashed for the student beside it."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -189,13 +197,13 @@ def draw_quality(axes, runs: list[Run], look: dict) -> None:
         # Epochs that all seeds have.
         most = max(map(len, found[network].values()))
         points = sorted((epoch, np.nanmean(dice)) for epoch, dice in found[network].items() if len(dice) == most)
-        dashed = {} if network == labeling else {"label": None, "linestyle": "--"}
+        dashed: dict[str, Any] = {} if network == labeling else {"label": None, "linestyle": "--"}
         axes.plot(*zip(*points), marker=".", **{**look, **dashed})
 
 
-def _save(figure, file: Path) -> None:
+def _save(figure: Figure, file: Path) -> None:
     """Add grids and one legend for all panels, and write."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         entries |= dict(zip(*axes.get_legend_handles_labels()[::-1]))

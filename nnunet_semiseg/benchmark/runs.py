@@ -255,8 +255,8 @@ class Benchmark:
             update_record(run.fold, wall_minutes=before.get("wall_minutes", 0.0) + (time.monotonic() - begin) / 60)
 
 
-def _failure(log: Path, exit_code: int) -> str:
-    return f"{exit_reason(exit_code)}. {end_of(log)}"
+def _failure(log: Path, exit_code: int | None) -> str:
+    return f"{exit_reason(exit_code or 0)}. {end_of(log)}"
 
 
 def dry_run(benchmark: Benchmark) -> None:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nnunet_semiseg.files import read_json
 
 VANILLA, ALL = "vanilla", "all labels"
+# Whether a key's value is of the kind that it has to be.
+Check = Callable[[Any], bool]
 
 
-def _number(low: int):
+def _number(low: int) -> Check:
     return lambda value: type(value) is int and value >= low
 
 
-def _text(value) -> bool:
+def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _list(valid):
+def _list(valid: Check) -> Check:
     return lambda value: isinstance(value, list) and bool(value) and all(map(valid, value))
 
 
-def _budgets(value) -> bool:
+def _budgets(value: Any) -> bool:
     by_name = isinstance(value, dict) and bool(value) and all(map(_list(_text), value.values()))
     return by_name or _list(_number(1))(value)
 
@@ -96,7 +100,12 @@ def read_suite(file: Path) -> Suite:
 
 
 def make_folds(
-    cases: list[str], validation: list[str], budgets, split_seed: int, all_labels: bool, has_more_unlabeled: bool
+    cases: list[str],
+    validation: list[str],
+    budgets: dict[str, list[str]] | list[int],
+    split_seed: int,
+    all_labels: bool,
+    has_more_unlabeled: bool,
 ) -> dict[str, dict]:
     """{budget: fold}, in the order of nnU-Net's fold numbers; a fold's train, val and unlabeled are disjoint.
 

@@ -18,7 +18,7 @@ GPU_MINUTES = 9.0
 CANNOT_START = 2
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.json", help="what to train; docs/benchmark.md explains it")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu", help="device (default %(default)s)")
     parser.add_argument("--minutes", type=float, help=f"stop after so long (gpu: {GPU_MINUTES:g} unless given)")
@@ -31,7 +31,7 @@ def add_arguments(parser):
     )
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     minutes = args.minutes
     if minutes is None:
         minutes = GPU_MINUTES if args.profile == "gpu" else float("inf")
@@ -44,7 +44,7 @@ def run(args) -> int:
         return CANNOT_START
 
 
-def _run(args, deadline: float) -> int:
+def _run(args: argparse.Namespace, deadline: float) -> int:
     benchmark = Benchmark(args.file, args.profile)
     if args.score:
         score(args.score, benchmark.dataset.preprocessed, benchmark.suite.quality_cases, benchmark.device)

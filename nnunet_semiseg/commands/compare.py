@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from nnunet_semiseg.markdown import table
 from nnunet_semiseg.segmentations import patients_of
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folders",
         nargs="+",
@@ -36,7 +37,7 @@ def add_arguments(parser):
     )
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     folders = [Path(f).parent if Path(f).is_file() else Path(f) for f in args.folders]
     if len(folders) < 2:
         raise ValueError("One FOLDER is given. Give two or more to compare")

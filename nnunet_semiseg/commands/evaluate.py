@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from nnunet_semiseg.parallel import add_processes_argument
 from nnunet_semiseg.segmentations import Classes, find_files, find_reader, patients_of
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-g", required=True, metavar="GROUND_TRUTH", help="folder with the ground truth's label maps")
     parser.add_argument("-p", required=True, metavar="PREDICTION", help="folder with the predicted label maps")
     labels = parser.add_mutually_exclusive_group()
@@ -55,7 +56,7 @@ def add_arguments(parser):
     add_processes_argument(parser)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     classes, ending, reader = _classes(args)
     rules = Rules(tolerances(args.tolerance, classes), args.unit, args.both_empty, args.one_empty)
     files = _pairs(find_files(args.g, ending), find_files(args.p, ending), args)
@@ -79,7 +80,7 @@ def run(args) -> int:
     return 0
 
 
-def _classes(args) -> tuple[Classes, str | None, type | None]:
+def _classes(args: argparse.Namespace) -> tuple[Classes, str | None, type | None]:
     """The classes, the file ending that dataset.json gives, and nnU-Net's reader if something tells it."""
     prediction, truth = Path(args.p), Path(args.g)
     folders = (prediction, truth, truth.resolve().parent)
@@ -92,11 +93,12 @@ def _classes(args) -> tuple[Classes, str | None, type | None]:
         file = Path(args.dataset_json)
     else:
         # nnU-Net writes it to predictions, and has it beside labelsTr and gt_segmentations.
-        file = next((f / "dataset.json" for f in folders if (f / "dataset.json").is_file()), None)
-        if file is None:
+        files = [f / "dataset.json" for f in folders if (f / "dataset.json").is_file()]
+        if not files:
             raise ValueError(
                 f"There is no dataset.json in {prediction} or beside {truth}. Give the labels: -d, -djfile or --labels"
             )
+        file = files[0]
     classes = Classes.from_file(file)
     content = read_json(file)
     reader = dataset_reader(content) if args.dataset_json else None
@@ -122,15 +124,15 @@ def parse_labels(labels: list[str]) -> Classes:
         if name in named:
             raise ValueError(f"--labels has {name} twice")
         named[name] = numbers
-    ignore, *others = named.pop("ignore", (None,))
-    if others:
+    ignored = named.pop("ignore", ())
+    if len(ignored) > 1:
         raise ValueError(
-            f"--labels ignore={ignore},{others[0]}: only one label can be ignored. Make them one in the files"
+            f"--labels ignore={ignored[0]},{ignored[1]}: only one label can be ignored. Make them one in the files"
         )
     if not named:
         raise ValueError("--labels has no class")
-    known = {0, *(v for values in named.values() for v in values)} | ({ignore} - {None})
-    return Classes(tuple(named), tuple(named.values()), ignore, known=frozenset(known))
+    known = frozenset({0, *(v for values in named.values() for v in values), *ignored})
+    return Classes(tuple(named), tuple(named.values()), ignored[0] if ignored else None, known=known)
 
 
 def tolerances(given: list[str], classes: Classes) -> tuple[float, ...]:
@@ -155,7 +157,9 @@ def tolerances(given: list[str], classes: Classes) -> tuple[float, ...]:
     return tuple(by_class.values())
 
 
-def _pairs(truths: dict[str, Path], predictions: dict[str, Path], args) -> dict[str, tuple[Path, Path]]:
+def _pairs(
+    truths: dict[str, Path], predictions: dict[str, Path], args: argparse.Namespace
+) -> dict[str, tuple[Path, Path]]:
     """{case: (ground truth, prediction)} of the predicted cases."""
     without = [case for case in predictions if case not in truths]
     if without:

@@ -102,7 +102,7 @@ class TwoViewTransform(BasicTransform):
         of_targets: Sequence[BasicTransform] = (),
     ):
         super().__init__()
-        by_kind = {kind: [] for kind in _KINDS}
+        by_kind: dict[str, list[BasicTransform]] = {kind: [] for kind in _KINDS}
         for transform in _steps(training_transforms, of_targets):
             by_kind[_kind(transform)].append(transform)
         intensity = by_kind["intensity"]

@@ -116,17 +116,25 @@ def shown_classes(classes: Sequence[str]) -> list[str]:
     return [*classes, MEAN] if len(classes) > 1 else list(classes)
 
 
+def colors(number: int) -> list[str]:
+    """So many colors of lines, as in HTML; beyond 20 they come again."""
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    palette, size = ("tab10", 10) if number <= 10 else ("tab20", 20)
+    return [to_hex(matplotlib.colormaps[palette](i % size)) for i in range(number)]
+
+
 def plot(file: Path, values: np.ndarray, names: Sequence[str], classes: Sequence[str], labels: Sequence[str]) -> None:
     """Boxes (quartiles; whiskers to 1.5 of their range) and all cases, of (models, cases, classes, metrics) values."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
     figure = Figure(figsize=(3 + 0.5 * len(classes) * (len(names) + 1), 3.5 * len(labels)), layout="constrained")
+    palette = colors(len(names))
     starts = np.arange(len(classes)) * (len(names) + 1)
     for metric, (axes, label) in enumerate(zip(np.ravel(figure.subplots(len(labels), 1)), labels)):
         for model, name in enumerate(names):
-            color = colors[model % len(colors)]
+            color = palette[model]
             groups = [column[np.isfinite(column)] for column in values[model, :, :, metric].T]
             box = dict(facecolor=color, alpha=0.4)
             line = dict(color="black")

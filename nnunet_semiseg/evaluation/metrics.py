@@ -133,8 +133,8 @@ def surface_distances(
     Returns:
         Those of the prediction's surface voxels, and of the truth's.
     """
-    surfaces = [surface_voxels(mask, ignored) for mask in (prediction, truth)]
-    return _nearest(*surfaces, spacing), _nearest(*reversed(surfaces), spacing)
+    first, second = (surface_voxels(mask, ignored) for mask in (prediction, truth))
+    return _nearest(first, second, spacing), _nearest(second, first, spacing)
 
 
 def distance_metrics(from_prediction: np.ndarray, from_truth: np.ndarray) -> dict[str, float | None]:

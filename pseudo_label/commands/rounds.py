@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"Next: pseudo_label report {args.o}")
 
 
-def _executor(args: argparse.Namespace):
+def _executor(args: argparse.Namespace) -> LocalExecutor | SlurmExecutor:
     if args.executor == "local":
         return LocalExecutor(args.devices)
     parameters = {}

@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 
@@ -34,7 +35,7 @@ class Checkpointing(Part):
             super().save_checkpoint(filename)
             return
         # Not that of Settings, which wants a file.
-        checkpoint = checkpoints.as_written_by(super(Settings, self).save_checkpoint)
+        checkpoint = checkpoints.as_written_by(super(Settings, cast(Settings, self)).save_checkpoint)
         state = {
             "version": nnunet_semiseg.__version__,
             "options": asdict(self.options),

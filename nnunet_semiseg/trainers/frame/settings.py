@@ -29,7 +29,7 @@ LOG_KEY = "semiseg/"
 PEAK_MEMORY = "peak_memory_gib"
 
 
-def log_values(trainer, values: dict[str, float]) -> None:
+def log_values(trainer: Part, values: dict[str, float]) -> None:
     """Into nnU-Net's logger, and from there into W&B where a user turned it on; mean over ranks."""
     ranks = gathered(values)
     values = {name: float(np.mean([rank[name] for rank in ranks if name in rank])) for name in values}
@@ -122,7 +122,7 @@ class Settings(Part):
         seeds = [int(seed) for seed in np.random.SeedSequence(entropy).generate_state(processes)]
         return augmenter(loader, seeds, pin_memory=self.device.type == "cuda")
 
-    def on_train_epoch_end(self, train_outputs):
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
         if self.device.type == "cuda":
             log_values(self, {PEAK_MEMORY: torch.cuda.max_memory_allocated(self.device) / 2**30})

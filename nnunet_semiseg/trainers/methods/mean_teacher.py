@@ -17,6 +17,7 @@ from nnunet_semiseg.trainers.frame import (
     TeacherOptions,
     Term,
 )
+from nnunet_semiseg.trainers.frame.settings import SeedOptions
 from nnunet_semiseg.trainers.options import option
 
 
@@ -60,7 +61,7 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     labeled_by = "teacher"
     terms = dict(supervised=STUDENT, consistency=STUDENT)
     switched_off = "consistency_weight=0"
-    Options: type[NoisyTeacherOptions] = MeanTeacherOptions
+    Options: type[SeedOptions] = MeanTeacherOptions
     # Of a subclass, other NoisyTeacherOptions.
     options: Any
 

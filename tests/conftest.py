@@ -262,4 +262,9 @@ def flat(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
+def slow_unless(cases, fast):
+    """Cases of a parametrized test, those for which ``fast(*case)`` is False marked as slow."""
+    return [pytest.param(*case, marks=() if fast(*case) else pytest.mark.slow) for case in cases]
+
+
 REPOSITORY = Path(__file__).resolve().parent.parent

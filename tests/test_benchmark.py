@@ -227,6 +227,7 @@ def test_gpu_profile_uses_cuda_and_stops_after_nine_minutes(dataset, write, monk
 # Running
 
 
+@pytest.mark.slow
 def test_a_matrix_that_is_killed_continues(dataset, write, tmp_path, capsys):
     file = write()
     runs = Benchmark(file, "cpu").runs

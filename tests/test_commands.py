@@ -128,6 +128,7 @@ for name in [m for m in sys.modules if m.startswith("nnunet_semiseg")]:
 """
 
 
+@pytest.mark.slow
 # In processes of its own, so not for every trainer; test_methods.py exports all of them.
 @pytest.mark.parametrize("name", ["nnUNetTrainerMeanTeacher", "nnUNetTrainerCoraNet"])
 @pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions", "3d_fullres")])

@@ -113,6 +113,7 @@ def test_dice_over_the_batch_is_one_over_all_ranks(tmp_path):
     torch.testing.assert_close(torch.cat(gradients) / 2, gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, term", DISTRIBUTED.items())
 def test_two_ranks_stay_equal(prepared, tmp_path, name, term):
     dataset = prepared("labels")

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from conftest import make_case, write_image
 
@@ -22,6 +23,7 @@ def run(*command, cwd):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_train_kill_resume_predict(prepared, work, tmp_path, monkeypatch):
     # With augmentation processes, as a user has them.
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")

@@ -3,12 +3,13 @@
 import csv
 import json
 import pickle
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import EVERYWHERE, SHORT, UNLABELED_TERMS, flat, from_start, short, train_steps
+from conftest import EVERYWHERE, SHORT, UNLABELED_TERMS, flat, from_start, short, slow_unless, train_steps
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -22,6 +23,7 @@ from nnunet_semiseg.trainers.frame.foreground import FOREGROUND_CASES_PER_EPOCH,
 from nnunet_semiseg.trainers.frame.step import MAX_NON_FINITE_STEPS
 from nnunet_semiseg.trainers.registry import TRAINERS
 
+TWO_KINDS = [("labels", "2d"), ("regions_ignore", "3d_fullres")]
 ALL_KINDS = ["labels", "regions", "ignore", "regions_ignore"]
 
 
@@ -50,7 +52,10 @@ def stock_trainer(make_trainer, kind, configuration):
 
 @pytest.mark.parametrize(
     "kind, configuration",
-    [("labels", "2d"), ("labels", "3d_fullres"), ("regions", "3d_fullres"), ("regions_ignore", "2d")],
+    slow_unless(
+        [("labels", "2d"), ("labels", "3d_fullres"), ("regions", "3d_fullres"), ("regions_ignore", "2d")],
+        lambda kind, configuration: configuration == "2d",
+    ),
 )
 def test_weight_zero_equals_stock_trainer_bit_for_bit(make_trainer, started, kind, configuration):
     ours = started(f"nnUNetTrainerMeanTeacher_consistency_weight=0{SHORT}", kind, configuration)
@@ -79,8 +84,13 @@ def test_unlabeled_half_leaves_the_labeled_stream_alone(started):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.parametrize("kind", ALL_KINDS)
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize(
+    "kind, configuration",
+    slow_unless(
+        product(ALL_KINDS, ("2d", "3d_fullres")),
+        lambda *where: where in (("labels", "2d"), ("regions_ignore", "3d_fullres")),
+    ),
+)
 def test_every_trainer_learns_from_both_halves(started, name, kind, configuration):
     trainer = started(short(name), kind, configuration)
     before = flat(trainer.network).clone()
@@ -124,7 +134,10 @@ def test_backward_passes_of_a_step_add_up_to_one_over_all_terms(started, name):
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions_ignore", "3d_fullres")])
+@pytest.mark.parametrize(
+    "kind, configuration",
+    slow_unless(TWO_KINDS, lambda kind, configuration: kind == "labels"),
+)
 @pytest.mark.parametrize("name", [*TRAINERS, "nnUNetTrainerDTML_supervision=both"])
 def test_hidden_labels_change_nothing(started, name, kind, configuration, prepared, work):
     """Sentinels in the hidden cases' segmentations and class locations: same batches, same weights."""
@@ -223,18 +236,21 @@ def assert_same(a, b, where=""):
         np.testing.assert_array_equal(a, b, err_msg=where)
 
 
+RESTARTS = [
+    *((name, *where) for name in TRAINERS for where in EVERYWHERE),
+    ("nnUNetTrainerMeanTeacher_predict_with=teacher_unlabeled_foreground_sampling=0.5_warm_up=0", "labels", "2d"),
+    ("nnUNetTrainerCoraNet_preset=code_pretraining=0.4", "labels", "2d"),
+    ("nnUNetTrainerDTML_supervision=both_warm_up=0", "labels", "2d"),
+    # Killed before the classes are known, and known then without having been looked for again.
+    *((f"nnUNetTrainer{name}_pretraining=0", "labels", "2d") for name in ("BCP", "CPS", "CoraNet")),
+    ("nnUNetTrainerBCP_pretraining=0.5_min_recall=0.001", "labels", "2d"),
+    ("nnUNetTrainerDTML_setting=distance_supervision=distance", "labels", "2d"),
+]
+
+
 @pytest.mark.parametrize(
     "name, kind, configuration",
-    [
-        *((name, *where) for name in TRAINERS for where in EVERYWHERE),
-        ("nnUNetTrainerMeanTeacher_predict_with=teacher_unlabeled_foreground_sampling=0.5_warm_up=0", "labels", "2d"),
-        ("nnUNetTrainerCoraNet_preset=code_pretraining=0.4", "labels", "2d"),
-        ("nnUNetTrainerDTML_supervision=both_warm_up=0", "labels", "2d"),
-        # Killed before the classes are known, and known then without having been looked for again.
-        *((f"nnUNetTrainer{name}_pretraining=0", "labels", "2d") for name in ("BCP", "CPS", "CoraNet")),
-        ("nnUNetTrainerBCP_pretraining=0.5_min_recall=0.001", "labels", "2d"),
-        ("nnUNetTrainerDTML_setting=distance_supervision=distance", "labels", "2d"),
-    ],
+    slow_unless(RESTARTS, lambda name, *where: name in TRAINERS and where == ("labels", "2d")),
 )
 def test_restart_continues_bit_for_bit(make_trainer, name, kind, configuration):
     name = name + SHORT if name not in TRAINERS else short(name)
@@ -467,7 +483,9 @@ def test_an_initialized_trainer_has_no_unpicklable_options(make_trainer):
     assert pickle.loads(pickle.dumps(trainer.options)) == trainer.options
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name", slow_unless([(name,) for name in TRAINERS], lambda name: name.endswith(("BCP", "CPS")))
+)
 def test_compiled_networks_train_and_leave_plain_weights(make_trainer, monkeypatch, name):
     """nnU-Net compiles on CUDA only; here it is made to, with a compiler that keeps the operations as they are."""
     from functools import partial

@@ -7,13 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVERYWHERE, SHORT, UNLABELED_TERMS, fitting, five_stages, flat, make_case, short, train_steps
+from conftest import (
+    EVERYWHERE,
+    SHORT,
+    UNLABELED_TERMS,
+    fitting,
+    five_stages,
+    flat,
+    make_case,
+    short,
+    slow_unless,
+    train_steps,
+)
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.trainers.options import build_options, parse_suffix
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
+
+TWO_KINDS = slow_unless(
+    [("labels", "2d"), ("regions_ignore", "3d_fullres")], lambda kind, configuration: kind == "labels"
+)
 
 STUDENT, SECOND = {"student"}, {"second"}
 # Term -> the networks that it trains.
@@ -149,7 +164,7 @@ def perturb(module, amount=0.05):
             parameter.add_(amount * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions_ignore", "3d_fullres")])
+@pytest.mark.parametrize("kind, configuration", TWO_KINDS)
 @pytest.mark.parametrize("method", TERMS)
 def test_each_term_trains_the_networks_it_should_and_no_others(started, method, kind, configuration):
     torch.manual_seed(0)
@@ -192,7 +207,7 @@ def test_each_term_trains_the_networks_it_should_and_no_others(started, method, 
         assert not [p for p in trainer.teacher.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions_ignore", "3d_fullres")])
+@pytest.mark.parametrize("kind, configuration", TWO_KINDS)
 @pytest.mark.parametrize("name", TRAINERS)
 def test_every_trainer_makes_steps_with_five_stages(started, name, kind, configuration):
     trainer = started(short(name), kind, five_stages(configuration), fit=False)
@@ -255,9 +270,14 @@ def vanilla():
     return {}
 
 
-@pytest.mark.parametrize("where", [("labels", "2d"), ("regions", "3d_fullres"), ("regions_ignore", "2d")], ids="-".join)
+KINDS = [("labels", "2d"), ("regions", "3d_fullres"), ("regions_ignore", "2d")]
+
+
+@pytest.mark.parametrize("kind, configuration", slow_unless(KINDS, lambda kind, configuration: kind == "labels"))
 @pytest.mark.parametrize("method", OFF)
-def test_switched_off_the_student_trains_as_in_stock_nnunet(started, vanilla, method, where):
+def test_switched_off_the_student_trains_as_in_stock_nnunet(started, vanilla, method, kind, configuration):
+    where = kind, configuration
+
     def train(method):
         trainer = started(f"nnUNetTrainer{method}{SHORT}", *where)
         train_steps(trainer, 4)
@@ -282,7 +302,14 @@ WALKS = [(name, *where) for name in TRAINERS for where in EVERYWHERE]
 WALKS += [(name, "labels", "2d") for name in VARIANTS]
 
 
-@pytest.mark.parametrize("name, kind, configuration", WALKS)
+# A training for each kind of data, among them of one network, two networks, and pretraining.
+FAST_WALKS = [("MeanTeacher", "labels", "2d"), ("CPS", "labels", "3d_fullres"), ("BCP", "regions", "3d_fullres")]
+
+
+@pytest.mark.parametrize(
+    "name, kind, configuration",
+    slow_unless(WALKS, lambda name, *where: (name.removeprefix("nnUNetTrainer"), *where) in FAST_WALKS),
+)
 def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind, configuration):
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
 

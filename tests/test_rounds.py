@@ -62,6 +62,7 @@ def finished(prepared, tmp_path_factory):
     return out, "".join(printed)
 
 
+@pytest.mark.slow
 def test_two_rounds_grow_the_labeled_set(finished):
     out, printed = finished
     rounds = manifest(out)["rounds"]
@@ -79,6 +80,7 @@ def test_two_rounds_grow_the_labeled_set(finished):
         assert all(0 <= dice <= 1 for dice in of["validation"].values())
 
 
+@pytest.mark.slow
 def test_the_next_dataset_is_an_nnunet_dataset(finished):
     out, _ = finished
     rounds = manifest(out)["rounds"]
@@ -100,6 +102,7 @@ def test_the_next_dataset_is_an_nnunet_dataset(finished):
         assert fingerprints[0].read_bytes() == fingerprints[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_hidden_labels_are_never_used(finished):
     """The labels of lab_03 and lab_04 are in the first dataset, but what later rounds learn is the consensus."""
     out, _ = finished
@@ -123,6 +126,7 @@ def test_hidden_labels_are_never_used(finished):
         assert seg[:].max() <= 0
 
 
+@pytest.mark.slow
 def test_the_same_command_again_does_nothing(finished):
     out, _ = finished
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file() and not file.is_symlink()}
@@ -131,6 +135,7 @@ def test_the_same_command_again_does_nothing(finished):
     assert before == after
 
 
+@pytest.mark.slow
 def test_changed_arguments_are_refused(finished, capsys):
     out, _ = finished
     before = (out / "manifest.json").read_text()

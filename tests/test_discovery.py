@@ -127,6 +127,7 @@ def test_damaged_install_is_silent_at_start_up(tmp_path, damage):
 def test_wheel_has_the_pth_file_and_one_file_in_discovery(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "nnunet_semiseg.pth" in names
+    assert {f"{package}/py.typed" for package in ("nnunet_semiseg", "pseudo_label", "dataset_conversion")} <= set(names)
     assert [n for n in names if "_discovery/" in n] == ["nnunet_semiseg/_discovery/semiseg_trainers.py"]
     assert not [n for n in names if n.startswith(("tests", "scripts", "docs"))]
 

@@ -86,10 +86,7 @@ def test_unlabeled_half_leaves_the_labeled_stream_alone(started):
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.parametrize(
     "kind, configuration",
-    slow_unless(
-        product(ALL_KINDS, ("2d", "3d_fullres")),
-        lambda *where: where in (("labels", "2d"), ("regions_ignore", "3d_fullres")),
-    ),
+    slow_unless(product(ALL_KINDS, ("2d", "3d_fullres")), lambda *where: where in TWO_KINDS),
 )
 def test_every_trainer_learns_from_both_halves(started, name, kind, configuration):
     trainer = started(short(name), kind, configuration)

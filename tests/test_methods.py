@@ -26,6 +26,7 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.trainers.options import build_options, parse_suffix
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
 
+# One of labels, in 2D, for the fast selection as well.
 TWO_KINDS = slow_unless(
     [("labels", "2d"), ("regions_ignore", "3d_fullres")], lambda kind, configuration: kind == "labels"
 )

@@ -118,6 +118,14 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(p for p in Path(folder).iterdir() if not p.is_dir() and not p.name.startswith("."))
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all it has, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def link(source: Path, target: Path) -> None:
     """Make ``target`` a symbolic link to a file; a copy where the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -101,3 +101,10 @@ def over_cases(
                         ) from None
                     raise
     return {case: results[case] for case in jobs if case in results}, sorted(failures)
+
+
+def raise_failures(failures: list[str], summary: str) -> None:
+    """Print the lines of cases that failed, if there are any, and raise CaseError with the summary."""
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
+        raise CaseError(summary)

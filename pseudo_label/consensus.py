@@ -21,7 +21,7 @@ from nnunet_semiseg.segmentations import Classes
 # Voxels that are counted at once: few enough for the processor's cache.
 BLOCK = 2**18
 # A label that the argmax chose has at least the probability 1 / C; half precision needs the tolerance.
-TOLERANCE = 1e-3
+PROBABILITY_TOLERANCE = 1e-3
 # Share of a label map's foreground that may be improbable: post-processing changes some voxels.
 MAX_IMPROBABLE = 0.05
 
@@ -209,7 +209,7 @@ def mean_probabilities(
     shape = (1,) * (3 - labels[0].ndim) + labels[0].shape
     maps = [label.reshape(shape) for label in labels]
     channels = classes.region_order or sorted(classes.known - {classes.ignore})
-    least = (0.5 if classes.region_order else 1 / len(channels)) - TOLERANCE
+    least = (0.5 if classes.region_order else 1 / len(channels)) - PROBABILITY_TOLERANCE
     consensus = np.zeros(shape, dtype=_label_type(classes))
     highest = np.zeros(shape, dtype=np.float32)
     entropy = np.zeros(shape, dtype=np.float32)
@@ -264,7 +264,7 @@ def _probabilities(file: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
                 if len(content) < size:
                     raise EOFError("it ends early")
                 block = np.frombuffer(content, dtype).reshape(shape[2:])
-                if not (block.min() >= -TOLERANCE and block.max() <= 1 + TOLERANCE):
+                if not (block.min() >= -PROBABILITY_TOLERANCE and block.max() <= 1 + PROBABILITY_TOLERANCE):
                     raise CaseError(f"{file} has values that are not from 0 to 1. Are these logits? {again}")
                 yield block.astype(np.float32, copy=False).clip(0, 1)
     except CaseError:

@@ -15,10 +15,10 @@ from nnunet_semiseg.segmentations import find_files
 from nnunet_semiseg.trainers.options import build_options
 from nnunet_semiseg.trainers.registry import find_trainer
 from pseudo_label import pictures
-from pseudo_label.manifest import Manifest
-from pseudo_label.rounds import Member
-from pseudo_label.scores import read_labeled_volumes, read_scores
-from pseudo_label.selection_files import scored_classes, scored_reader
+from pseudo_label.rounds.manifest import Manifest
+from pseudo_label.rounds.settings import Member
+from pseudo_label.rounds.work_folder import RoundFolder, WorkFolder
+from pseudo_label.score_files import read_labeled_volumes, read_scores, scored_classes, scored_reader
 
 # Cases of each kind that are shown as pictures.
 SHOWN = 2
@@ -31,11 +31,12 @@ def collect(folder: Path) -> dict:
     Raises:
         FileNotFoundError, ValueError: naming the file that is missing or damaged.
     """
-    manifest = Manifest.read(folder / "manifest.json")
+    work = WorkFolder(folder)
+    manifest = Manifest.read(work.manifest)
     rounds: list[dict] = []
     volumes: dict[str, dict[str, float]] = {}
     for number, of in enumerate(manifest.rounds):
-        found, volumes = _round(folder / f"round_{number}", number, of, volumes)
+        found, volumes = _round(work.round(number), number, of, volumes)
         rounds.append(found)
     return {
         "work_folder": str(folder),
@@ -58,7 +59,7 @@ def _member(number: int, text: str) -> dict:
     return {"short": f"M{number}", "name": member.name, **asdict(member), "seed": seed if seed >= 0 else None}
 
 
-def _round(folder: Path, number: int, of: dict, volumes: dict) -> tuple[dict, dict]:
+def _round(folder: RoundFolder, number: int, of: dict, volumes: dict) -> tuple[dict, dict]:
     """What is told about a round, and {case: volumes of its newest consensus} of this and earlier rounds.
 
     Means are over all cases, the accepted ones of earlier rounds as well: those that are left are other cases.
@@ -78,8 +79,8 @@ def _round(folder: Path, number: int, of: dict, volumes: dict) -> tuple[dict, di
         "cases": [],
     }
     if "score" in of["steps"]:
-        scores = read_scores(folder / "scores")
-        decisions = _decisions(folder / "selection" / "selection.csv")
+        scores = read_scores(folder.scores)
+        decisions = _decisions(folder.selection / "selection.csv")
         found["cases"] = [
             {**asdict(scores[case]), **decisions.get(case, {"accepted": None, "reasons": None})}
             for case in sorted(scores, key=lambda case: (-(scores[case].score or 0), case))
@@ -98,10 +99,10 @@ def _decisions(file: Path) -> dict[str, dict]:
     return {row["case"]: {"accepted": row["accepted"] == "yes", "reasons": row["reasons"]} for row in rows}
 
 
-def _commands(folder: Path, of: dict) -> list[dict]:
+def _commands(folder: RoundFolder, of: dict) -> list[dict]:
     """What ran in a round, in its order: the jobs as their logs tell, every attempt, and scoring and selection."""
     jobs = []
-    for log in sorted((folder / "logs").glob("*.log")):
+    for log in sorted(folder.logs.glob("*.log")):
         with open(log, encoding="utf-8", errors="replace") as stream:
             jobs += [match.groupdict() for match in map(_ATTEMPT.match, stream) if match]
     jobs.sort(key=lambda job: job["time"])
@@ -143,6 +144,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 def _pictures(folder: Path, content: dict) -> dict:
     """The pictures of a report, and what the page says beside them."""
     rounds, threshold = content["rounds"], content["arguments"]["rules"]["threshold"]
+    work = WorkFolder(folder)
     trained = [of for of in rounds if of["validation_dice"]]
     dice = {m["short"]: [of["validation_dice"][m["name"]] for of in trained] for m in content["members"]}
     result: dict[str, Any] = {
@@ -153,7 +155,7 @@ def _pictures(folder: Path, content: dict) -> dict:
     scored = [of for of in rounds if of["cases"]]
     if scored:
         ticks, means = _ticks(scored), [of["volumes_mm3"] for of in scored]
-        labeled = list(read_labeled_volumes(folder / "round_1" / "scores").values())
+        labeled = list(read_labeled_volumes(work.round(1).scores).values())
         if labeled:
             ticks = ["labeled", *ticks]
             means = [{name: sum(v[name] for v in labeled) / len(labeled) for name in labeled[0]}, *means]
@@ -161,7 +163,7 @@ def _pictures(folder: Path, content: dict) -> dict:
         relative = {n: [m[n] / means[0][n] if means[0][n] else None for m in means] for n in means[0]}
         result["volumes"] = pictures.lines(relative, ticks, f"mean volume / that of {ticks[0]}")
     for of in rounds:
-        result["rounds_pictures"].append(_round_pictures(folder / f"round_{of['number']}", of, threshold))
+        result["rounds_pictures"].append(_round_pictures(work.round(of["number"]), of, threshold))
     return result
 
 
@@ -169,7 +171,7 @@ def _ticks(rounds: list[dict]) -> list[str]:
     return [f"round {of['number']}" for of in rounds]
 
 
-def _round_pictures(folder: Path, of: dict, threshold: float | None) -> dict | None:
+def _round_pictures(folder: RoundFolder, of: dict, threshold: float | None) -> dict | None:
     if not of["cases"]:
         return None
     defined = [case for case in of["cases"] if case["score"] is not None]
@@ -186,7 +188,7 @@ def _round_pictures(folder: Path, of: dict, threshold: float | None) -> dict | N
     }
 
 
-def _case_pictures(folder: Path, cases: list[dict]) -> list[dict]:
+def _case_pictures(folder: RoundFolder, cases: list[dict]) -> list[dict]:
     """Pictures of the best, the borderline, and the worst cases of a round, each case once."""
     accepted = [case for case in cases if case["accepted"]]
     rejected = [case for case in cases if not case["accepted"]]
@@ -196,9 +198,9 @@ def _case_pictures(folder: Path, cases: list[dict]) -> list[dict]:
         "Borderline": [*accepted[-SHOWN:], *rejected[:SHOWN]] if accepted and rejected else [],
         "Worst": cases[-SHOWN:],
     }
-    classes, reader = scored_classes(folder / "scores"), scored_reader(folder / "scores")
-    consensus, disagreement = (find_files(folder / "scores" / kind) for kind in ("consensus", "disagreement"))
-    images = find_files(folder / "images")
+    classes, reader = scored_classes(folder.scores), scored_reader(folder.scores)
+    consensus, disagreement = (find_files(folder.scores / kind) for kind in ("consensus", "disagreement"))
+    images = find_files(folder.images)
     seen, shown = set(), []
     for title, group in groups.items():
         for case in group:

@@ -15,7 +15,7 @@ ANNOTATE_POOL = 3
 
 
 @dataclass(frozen=True)
-class Rules:
+class SelectionRules:
     """What a case has to fulfill; all of the rules that are given.
 
     Args:
@@ -83,7 +83,7 @@ class Decision:
 
 
 def select(
-    scores: Mapping[str, CaseScore], rules: Rules, labeled: Mapping[str, Mapping[str, float]] | None = None
+    scores: Mapping[str, CaseScore], rules: SelectionRules, labeled: Mapping[str, Mapping[str, float]] | None = None
 ) -> dict[str, Decision]:
     """A decision for every scored case, in the order of ``scores``.
 
@@ -144,7 +144,7 @@ def _value(score: CaseScore | ClassScore) -> float:
     return -math.inf if score.score is None else score.score
 
 
-def _reasons(score: CaseScore, rules: Rules, absences: list[str]) -> list[str]:
+def _reasons(score: CaseScore, rules: SelectionRules, absences: list[str]) -> list[str]:
     if score.score is None:
         return ["no foreground in the consensus or in any member"]
     found = list(absences)
@@ -186,6 +186,13 @@ def _by_class(candidates: list[CaseScore]) -> list[CaseScore]:
                 order.append(left[name][0])
                 taken.add(left[name][0].case)
     return order
+
+
+def rejected_to_annotate(scores: Mapping[str, CaseScore], decisions: Mapping[str, Decision], number: int) -> list[str]:
+    """Of the rejected cases those that :func:`to_annotate` proposes."""
+    left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
+    lacking = {case for case, decision in decisions.items() if decision.lacking}
+    return to_annotate(left, number, lacking)
 
 
 def to_annotate(scores: Mapping[str, CaseScore], number: int, lacking: Collection[str] = ()) -> list[str]:

@@ -7,36 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunet_semiseg.datasets import CaseError, plans_reader, sidecar
-from nnunet_semiseg.files import link, read_json, whole, write_csv, write_json
+from nnunet_semiseg.datasets import CaseError, sidecar
+from nnunet_semiseg.files import link, remove, whole, write_csv, write_json
 from nnunet_semiseg.segmentations import Classes, find_files, read_labels, read_voxels, write_labels
+from pseudo_label.score_files import scored_reader
 from pseudo_label.scores import CaseScore
 from pseudo_label.selection import Decision
 
 # In the order in which they are removed: the table is written last and says that the selection is complete.
 _OUTPUTS = ("selection.csv", "labels", "annotate")
-
-
-def scored_classes(scored: Path) -> Classes:
-    """The classes of a folder that ``pseudo_label score`` wrote."""
-    file = scored / "score.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{scored} has no score.json. Score members into it: pseudo_label score -i ... -o {scored}"
-        )
-    settings = read_json(file, ("classes", "regions_class_order", "ignore"), "Score again with --overwrite")
-    values = tuple(map(tuple, settings["classes"].values()))
-    order, ignore = settings["regions_class_order"], settings["ignore"]
-    known = {0, *np.concatenate(values).tolist(), *(order or ()), *(() if ignore is None else (ignore,))}
-    return Classes(tuple(settings["classes"]), values, ignore, order and tuple(order), frozenset(known))
-
-
-def scored_reader(scored: Path) -> type[BaseReaderWriter] | None:
-    """nnU-Net's reader of the label maps that ``pseudo_label score`` wrote; None for that of their ending."""
-    name = read_json(scored / "score.json").get("reader")
-    return name and plans_reader({"image_reader_writer": name}, scored / "score.json")
 
 
 def ignore_value(classes: Classes) -> int:
@@ -91,10 +71,7 @@ def write_selection(
 
 def remove_selection(out: Path) -> None:
     for name in _OUTPUTS:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
+        remove(out / name)
 
 
 def case_images(folder: Path, cases: Iterable[str]) -> dict[str, list[Path]]:

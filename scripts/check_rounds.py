@@ -17,7 +17,8 @@ from scipy.stats import pearsonr, spearmanr
 
 from nnunet_semiseg.segmentations import Classes, find_files, read_labels
 from pseudo_label.report import collect
-from pseudo_label.selection_files import scored_classes
+from pseudo_label.rounds.work_folder import WorkFolder
+from pseudo_label.score_files import scored_classes
 
 
 def true_dice(predicted: Path, truth: Path, classes: Classes) -> float:
@@ -42,17 +43,17 @@ def main() -> None:
     print("| round | cases | Spearman | Pearson | true Dice: consensus | accepted | rejected | of members |")
     print("|" + "---|" * 8)
     for of in content["rounds"]:
-        folder = args.workdir / f"round_{of['number']}"
+        folder = WorkFolder(args.workdir).round(of["number"])
         if not of["cases"] or of["accepted"] is None:
             continue
-        classes, consensus = scored_classes(folder / "scores"), find_files(folder / "scores" / "consensus")
+        classes, consensus = scored_classes(folder.scores), find_files(folder.scores / "consensus")
         cases = [case["case"] for case in of["cases"]]
         scores = np.array([np.nan if case["score"] is None else case["score"] for case in of["cases"]])
         dice = np.array([true_dice(consensus[case], truth[case], classes) for case in cases])
         accepted, scored = np.isin(cases, of["accepted"]), ~np.isnan(scores)
         own = []
         for member in members:
-            files = find_files(folder / "members" / member["name"])
+            files = find_files(folder.predictions(member["name"]))
             own.append(np.mean([true_dice(files[case], truth[case], classes) for case in cases]))
         correlations = [test(scores[scored], dice[scored]).statistic for test in (spearmanr, pearsonr)]
         print(

@@ -21,7 +21,7 @@ from nnunet_semiseg.benchmark.quality import Scorer, Snapshots, class_dice, scor
 from nnunet_semiseg.benchmark.records import QUALITY, QUALITY_COLUMNS, RECORD, Run, read_quality, update_record
 from nnunet_semiseg.benchmark.report import draw_quality
 from nnunet_semiseg.benchmark.runs import Benchmark
-from nnunet_semiseg.benchmark.suite import make_folds
+from nnunet_semiseg.benchmark.suite import folds_of_budgets
 from nnunet_semiseg.files import write_csv, write_json
 from nnunet_semiseg.jobs import Job, lock
 from nnunet_semiseg.labels import LabelAdapter
@@ -75,7 +75,7 @@ def main(*arguments):
 
 
 def folds(budgets, validation=("case_0", "case_1"), all_labels=True, more=False, seed=1):
-    return make_folds(CASES, list(validation), budgets, seed, all_labels, more)
+    return folds_of_budgets(CASES, list(validation), budgets, seed, all_labels, more)
 
 
 # Folds

@@ -18,7 +18,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.data.randomness import RandomStream, global_state, seed_everything, set_global_state
-from nnunet_semiseg.data.splits import hidden_cases, make_splits
+from nnunet_semiseg.data.splits import hidden_cases, hide_labels, make_folds
 from nnunet_semiseg.data.unlabeled import UnlabeledDataset, store_folder, store_identifiers
 from nnunet_semiseg.data.views import TwoViewTransform, fix_transform_arithmetic
 from nnunet_semiseg.trainers.registry import find_trainer
@@ -27,6 +27,20 @@ CASES = [f"case_{i:02d}" for i in range(20)]
 
 
 class TestSplits:
+    @pytest.mark.parametrize("number", [2, 5])
+    def test_folds_of_cases_are_nnunets(self, number):
+        stock = generate_crossval_split(CASES, seed=12345, n_splits=number)
+        expected = [{key: [str(case) for case in fold[key]] for key in ("train", "val")} for fold in stock]
+        assert make_folds(reversed(CASES), number) == expected
+
+    def test_a_patient_is_in_one_part_of_a_fold(self):
+        patients = {case: case[-1] for case in CASES}
+        folds = make_folds(CASES, 3, patients=patients)
+        assert sorted(case for fold in folds for case in fold["val"]) == CASES
+        for fold in folds:
+            assert sorted(fold["train"] + fold["val"]) == CASES
+            assert not {patients[case] for case in fold["train"]} & {patients[case] for case in fold["val"]}
+
     def test_folds_are_disjoint_and_validation_is_nnunets(self):
         splits = make_splits(CASES, 3, None, folds=5, seed=12345)
         stock = generate_crossval_split(CASES, seed=12345, n_splits=5)

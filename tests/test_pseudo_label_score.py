@@ -20,7 +20,9 @@ from scipy import ndimage
 from nnunet_semiseg.datasets import CaseError
 from nnunet_semiseg.segmentations import Classes
 from pseudo_label import cli, consensus
-from pseudo_label.scores import read_scores, score_labels, score_members
+from pseudo_label.score_files import read_scores
+from pseudo_label.scores import score_labels
+from pseudo_label.scoring import score_members
 
 SPACING = (0.5, 1.5, 2.0)
 THREE = Classes.from_labels([1, 2, 3])

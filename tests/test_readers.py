@@ -360,20 +360,22 @@ def as_tiffs(raw):
 
 def test_rounds_hand_spacings_on(own, tmp_path):
     from nnunet_semiseg.datasets import Dataset
-    from pseudo_label.rounds import Rounds, Settings
-    from pseudo_label.selection import Rules
+    from pseudo_label.rounds import Rounds, RoundsSettings
+    from pseudo_label.rounds.next_dataset import next_dataset
+    from pseudo_label.rounds.scoring import link_labels_of_training_cases
+    from pseudo_label.selection import SelectionRules
 
     raw, preprocessed = own("Tiff3DIO", ".tif")
     as_tiffs(raw)
     members = ("nnUNetTrainerMeanTeacher", "nnUNetTrainerMeanTeacher_seed=1")
-    settings = Settings(raw.name, "3d_fullres", "nnUNetPlans_cpu", members, 1, Rules())
+    settings = RoundsSettings(raw.name, "3d_fullres", "nnUNetPlans_cpu", members, 1, SelectionRules())
     rounds = Rounds(settings, tmp_path / "rounds", None, 1, 1)
-    assert rounds.reader is reader_of("Tiff3DIO")
-    labeled = rounds._labels_of_training_cases()
+    assert rounds.setup.reader is reader_of("Tiff3DIO")
+    labeled = link_labels_of_training_cases(rounds.setup)
     assert {p.name for p in labeled.iterdir()} == {f"lab_0{i}{e}" for i in range(3) for e in (".tif", ".json")}
     tiff3d(tmp_path / "labels" / "unl_00.tif", make_case(100)[1], (1, 1, 1))
     rounds.manifest.rounds = [{"dataset": raw.name, "steps": {}}, {"dataset": "Dataset950_next", "steps": {}}]
-    following = rounds._next(1)
+    following = next_dataset(rounds.round(1))
     following.pseudo["unl_00"] = tmp_path / "labels" / "unl_00.tif"
     following._build_raw(Dataset("Dataset950_next"))
     built = raw.with_name("Dataset950_next")

@@ -15,10 +15,11 @@ from matplotlib.image import imread
 from nnunet_semiseg.jobs import HEADER
 from nnunet_semiseg.segmentations import Classes
 from pseudo_label import cli
-from pseudo_label.manifest import Manifest
-from pseudo_label.rounds import Settings
-from pseudo_label.scores import read_scores, score_members
-from pseudo_label.selection import Rules, select
+from pseudo_label.rounds import RoundsSettings
+from pseudo_label.rounds.manifest import Manifest
+from pseudo_label.score_files import read_scores
+from pseudo_label.scoring import score_members
+from pseudo_label.selection import SelectionRules, select
 from pseudo_label.selection_files import write_selection
 
 # A class and a case that a careless page would run as code, or show as something else.
@@ -48,7 +49,7 @@ def make_work_folder(folder):
     write_image(ball(7), folder / "labeled" / "true.nii.gz")
     members = [one / "members" / name for name in ("first", "second")]
     scores = score_members(members, one / "scores", classes, labeled=folder / "labeled", processes=1)
-    rules = Rules(threshold=0.8)
+    rules = SelectionRules(threshold=0.8)
     chosen = select(scores, rules)
     write_selection(one / "scores", one / "selection", chosen, scores, classes, 0.0)
     for number, job in ((0, "train_first"), (1, "train_first"), (1, "predict_first")):
@@ -56,7 +57,7 @@ def make_work_folder(folder):
         log.parent.mkdir(parents=True, exist_ok=True)
         hour = 10 * number + ("train" in job)
         log.write_text(f"{HEADER}{job} on host, 2030-01-01 {hour:02d}:00:00: nnUNetv2 {job} <&> {number}\nmore\n")
-    settings = Settings("Dataset001_a", "2d", "nnUNetPlans", MEMBERS, 2, rules)
+    settings = RoundsSettings("Dataset001_a", "2d", "nnUNetPlans", MEMBERS, 2, rules)
     arguments = json.loads(json.dumps(settings, default=lambda value: vars(value)))
     dice = [
         {f"{name.partition(':')[0]}_fold0": 0.5 + 0.1 * i + 0.05 * j for i, name in enumerate(MEMBERS)} for j in (0, 1)

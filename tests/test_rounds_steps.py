@@ -16,9 +16,10 @@ from nnunetv2.paths import nnUNet_results
 from nnunet_semiseg import checkpoints, files
 from nnunet_semiseg.datasets import CaseError, Dataset
 from nnunet_semiseg.executors import Failure
-from pseudo_label.next_dataset import free_ids, release_id, reserve_id, used_ids
-from pseudo_label.rounds import Rounds, Settings
-from pseudo_label.selection import Rules
+from pseudo_label.rounds import Rounds, RoundsSettings
+from pseudo_label.rounds.cases import read_cases
+from pseudo_label.rounds.dataset_ids import free_ids, planned_names, release_id, reserve_id, used_ids
+from pseudo_label.selection import SelectionRules
 
 MEMBERS = ("nnUNetTrainerMeanTeacher_seed=1", "nnUNetTrainerMeanTeacher_seed=2")
 STOCK = ("nnUNetTrainer", "nnUNetTrainer_250epochs")
@@ -118,7 +119,7 @@ def make(tmp_path):
     def rounds(executor, parts=1, folder="work", **changes):
         settings = {
             "rounds": 2,
-            "rules": Rules(fraction=0.5),
+            "rules": SelectionRules(fraction=0.5),
             "consensus": "majority",
             "annotate": 2,
             "members": executor.trainers,
@@ -126,7 +127,7 @@ def make(tmp_path):
         }
         settings |= changes
         return Rounds(
-            Settings(dataset="Dataset801_labels", configuration="2d", plans="nnUNetPlans_cpu", **settings),
+            RoundsSettings(dataset="Dataset801_labels", configuration="2d", plans="nnUNetPlans_cpu", **settings),
             tmp_path / folder,
             executor,
             parts,
@@ -179,22 +180,22 @@ def test_a_class_that_no_validation_case_has_does_not_count(make):
 
 
 def test_stops_when_nothing_is_accepted(make):
-    rounds = make(FakeExecutor(), rules=Rules(max_components={"ball": 0}))
+    rounds = make(FakeExecutor(), rules=SelectionRules(max_components={"ball": 0}))
     assert rounds.run() == "No case is accepted in round 1"
     assert len(rounds.manifest.rounds) == 2 and "remaining" not in rounds.manifest.rounds[1]
 
 
 def test_stops_when_every_case_is_used(make):
     executor = FakeExecutor(trainers=STOCK)
-    assert make(executor, rules=Rules()).run() == "Every case has a pseudo label after round 1"
+    assert make(executor, rules=SelectionRules()).run() == "Every case has a pseudo label after round 1"
     trained = list(executor.ran)
-    assert make(executor, rules=Rules(), rounds=3).run() == "Every case has a pseudo label after round 1"
+    assert make(executor, rules=SelectionRules(), rounds=3).run() == "Every case has a pseudo label after round 1"
     assert executor.ran == trained
 
 
 def test_members_that_learn_from_unlabeled_cases_are_not_trained_without(make):
     executor = FakeExecutor()
-    reason = make(executor, rules=Rules()).run()
+    reason = make(executor, rules=SelectionRules()).run()
     assert "nothing is left for nnUNetTrainerMeanTeacher_seed=1" in reason and "nnUNetv2_train Dataset901" in reason
     assert sum(name.startswith("train_") for name in executor.ran) == 2
 
@@ -216,7 +217,7 @@ def test_a_case_in_which_all_members_miss_a_class_teaches_nothing(make):
     def missing_core(number, member, case):
         return np.minimum(predict(number, member, case), 1 if case == "unl_01" else 2)
 
-    rounds = make(FakeExecutor(predict=missing_core, trainers=STOCK), rules=Rules(presence=0.95), annotate=1)
+    rounds = make(FakeExecutor(predict=missing_core, trainers=STOCK), rules=SelectionRules(presence=0.95), annotate=1)
     assert rounds.run() == "No case is accepted in round 2"
     one, two = rounds.manifest.rounds[1:]
     assert one["remaining"] == 1 and "unl_01" not in one["accepted"] and two["accepted"] == []
@@ -342,7 +343,7 @@ def test_classes_that_drift_in_small_steps(make):
         return labels
 
     executor = FakeExecutor(predict=shrinking)
-    reason = make(executor, rounds=4, rules=Rules(top=1), dataset_ids=(901, 902, 903, 904)).run()
+    reason = make(executor, rounds=4, rules=SelectionRules(top=1), dataset_ids=(901, 902, 903, 904)).run()
     assert "drift in round 4: ball has" in reason and "in round 1 it has" in reason
 
 
@@ -488,7 +489,7 @@ def test_all_changed_arguments_are_named(make):
     make(FakeExecutor(), rounds=1).run()
     expected = 'max_components {}, not {"ball": 2}; fraction 0.5, not 0.4; metric "dice", not "iou". Continue'
     with pytest.raises(ValueError, match=re.escape(expected)):
-        make(FakeExecutor(), rounds=1, rules=Rules(fraction=0.4, max_components={"ball": 2}), metric="iou")
+        make(FakeExecutor(), rounds=1, rules=SelectionRules(fraction=0.4, max_components={"ball": 2}), metric="iou")
 
 
 def test_a_call_that_waited_for_another_goes_on_from_there(make):
@@ -526,6 +527,18 @@ def test_a_link_whose_target_is_gone_stops_rounds_at_once(make, work, folder):
         file.unlink()
 
 
+def test_too_few_labeled_cases_for_nnunets_folds_are_told(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    raw = tmp_path / "Dataset950_few"
+    for folder, ending in (("imagesTr", "_0000"), ("labelsTr", "")):
+        for i in range(4):
+            write_image(make_case(i)[0], raw / folder / f"lab_0{i}{ending}.nii.gz")
+    channels = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "ball": 1}, "file_ending": ".nii.gz"}
+    files.write_json(raw / "dataset.json", channels)
+    with pytest.raises(ValueError, match="Dataset950_few has 4 labeled cases, too few for the 5 folds .*splits_final"):
+        read_cases(Dataset("Dataset950_few"), [0])
+
+
 def test_one_call_at_a_time(make):
     executor = FakeExecutor()
     other = make(executor)
@@ -543,10 +556,19 @@ def test_one_call_at_a_time(make):
 
 
 def test_no_free_dataset_id(monkeypatch):
-    monkeypatch.setattr("pseudo_label.next_dataset.used_ids", lambda owner: set(range(1, 998)))
+    monkeypatch.setattr("pseudo_label.rounds.dataset_ids.used_ids", lambda owner: set(range(1, 998)))
     assert free_ids(5, 2, Path("work")) == [998, 999]
     with pytest.raises(ValueError, match="not 3 free dataset ids from 5"):
         free_ids(5, 3, Path("work"))
+
+
+def test_planned_datasets_have_different_ids(monkeypatch):
+    """Round 1 has its id, but has not built its dataset yet."""
+    monkeypatch.setattr("pseudo_label.rounds.dataset_ids.used_ids", lambda owner: {5})
+    names = planned_names("Dataset003_a_b", ["Dataset004_a_b_round1"], 3, (), Path("work"))
+    assert names == ["Dataset004_a_b_round1", "Dataset006_a_b_round2", "Dataset007_a_b_round3"]
+    names = planned_names("Dataset003_a_b", ["Dataset009_a_b_round1"], 2, (9, 8), Path("work"))
+    assert names == ["Dataset009_a_b_round1", "Dataset008_a_b_round2"]
 
 
 def test_two_work_folders_never_share_a_dataset(make, tmp_path, monkeypatch):
@@ -565,7 +587,9 @@ def test_two_work_folders_never_share_a_dataset(make, tmp_path, monkeypatch):
             super()._predict(command)
 
     names = []
-    monkeypatch.setattr("pseudo_label.rounds.free_ids", lambda first, number, owner: free_ids(901, number, owner))
+    monkeypatch.setattr(
+        "pseudo_label.rounds.dataset_ids.free_ids", lambda first, number, owner: free_ids(901, number, owner)
+    )
     rounds = make(Meanwhile(), rounds=1, dataset_ids=())
     rounds.run()
     names.append(rounds.manifest.rounds[1]["dataset"])

@@ -13,7 +13,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_semiseg.segmentations import Classes
 from pseudo_label import cli
 from pseudo_label.scores import CaseScore, ClassScore
-from pseudo_label.selection import Rules, select, to_annotate
+from pseudo_label.selection import SelectionRules, select, to_annotate
 from pseudo_label.selection_files import agreed_labels, ignore_value
 
 
@@ -30,7 +30,7 @@ def scores_of(**scores):
 
 
 def accepted(scores, **rules):
-    return [case for case, decision in select(scores, Rules(**rules)).items() if decision.accepted]
+    return [case for case, decision in select(scores, SelectionRules(**rules)).items() if decision.accepted]
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
@@ -40,7 +40,7 @@ def test_a_score_that_equals_the_threshold_is_accepted():
     below, above = np.nextafter(0.8, 0), np.nextafter(0.8, 1)
     scores = scores_of(a=below, b=0.8, c=above)
     assert accepted(scores, threshold=0.8) == ["b", "c"]
-    assert select(scores, Rules(threshold=0.8))["a"].reasons == ("score 0.8000 is below 0.8",)
+    assert select(scores, SelectionRules(threshold=0.8))["a"].reasons == ("score 0.8000 is below 0.8",)
     assert accepted(scores) == ["a", "b", "c"]
 
 
@@ -60,9 +60,9 @@ def test_volumes_far_from_those_of_labeled_cases(sign):
     scores = {str(z): case_score(str(z), 0.9, liver=class_score(z=sign * z)) for z in (0.0, 3.0, 3.01)}
     scores["unknown"] = case_score("unknown", 0.9, liver=class_score(z=None))
     assert accepted(scores, max_volume_zscore=3) == ["0.0", "3.0"]
-    (reason,) = select(scores, Rules(max_volume_zscore=3))["unknown"].reasons
+    (reason,) = select(scores, SelectionRules(max_volume_zscore=3))["unknown"].reasons
     assert reason == "the volume of liver cannot be compared: it is the same in all labeled cases"
-    (reason,) = select(scores, Rules(max_volume_zscore=2.5))["3.0"].reasons
+    (reason,) = select(scores, SelectionRules(max_volume_zscore=2.5))["3.0"].reasons
     assert reason == f"volume of liver is {3 * sign:+.1f} standard deviations from the labeled cases', 2.5 are allowed"
 
 
@@ -72,7 +72,9 @@ def test_components_of_a_class():
         for n in (1, 2)
     }
     assert accepted(scores, max_components={"liver": 1}) == ["1"]
-    assert select(scores, Rules(max_components={"liver": 1}))["2"].reasons == ("liver has 2 components, 1 are allowed",)
+    assert select(scores, SelectionRules(max_components={"liver": 1}))["2"].reasons == (
+        "liver has 2 components, 1 are allowed",
+    )
 
 
 def test_the_best_of_those_that_fulfill_the_other_rules():
@@ -87,12 +89,12 @@ def test_the_best_of_those_that_fulfill_the_other_rules():
     assert accepted(scores, fraction=1.0) == list("abcdef")
     assert accepted(scores_of(**{f"c{i}": 0.5 for i in range(10)}), fraction=0.7) == [f"c{i}" for i in range(7)]
     assert accepted(scores, fraction=0.5, threshold=0.92) == ["f"]
-    assert select(scores, Rules(top=2))["d"].reasons == ("number 4 by its score 0.8000, 2 are taken",)
+    assert select(scores, SelectionRules(top=2))["d"].reasons == ("number 4 by its score 0.8000, 2 are taken",)
 
 
 def test_all_reasons_of_a_case_are_told():
     scores = {"a": case_score("a", 0.5, liver=class_score(0.4, z=4.0, components=3))}
-    rules = Rules(0.6, {"liver": 0.5}, 3.0, {"liver": 1}, top=1)
+    rules = SelectionRules(0.6, {"liver": 0.5}, 3.0, {"liver": 1}, top=1)
     assert len(select(scores, rules)["a"].reasons) == 4
 
 
@@ -113,7 +115,7 @@ def test_balanced_classes_take_turns():
 
 def test_no_foreground_is_never_accepted():
     scores = {"a": replace(case_score("a", 0.9), score=None)}
-    assert select(scores, Rules())["a"].reasons == ("no foreground in the consensus or in any member",)
+    assert select(scores, SelectionRules())["a"].reasons == ("no foreground in the consensus or in any member",)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_no_foreground_is_never_accepted():
 )
 def test_rules_that_cannot_be_applied(rules, message):
     with pytest.raises(ValueError, match=message):
-        Rules(**rules).check(["liver"])
+        SelectionRules(**rules).check(["liver"])
 
 
 # ------------------------------------------------------------------------------------------------------------- presence
@@ -154,13 +156,13 @@ def test_a_class_that_every_member_missed_is_no_agreement():
         "both": case_score("both", 0.9, liver=class_score(), tumor=class_score()),
         "missed": case_score("missed", 1.0, liver=class_score(1.0), tumor=ABSENT),
     }
-    rules, labeled = Rules(0.8, {"tumor": 0.9}, presence=0.95), labeled_cases(3, 3)
+    rules, labeled = SelectionRules(0.8, {"tumor": 0.9}, presence=0.95), labeled_cases(3, 3)
     found = select(scores, rules, labeled)
     assert found["both"].accepted and not found["missed"].accepted
     assert found["missed"].reasons == ("tumor is absent, but 3 of 3 labeled cases have it",)
     assert found["missed"].lacking == ("tumor",)
     # It takes no place among the best.
-    assert select(scores, Rules(top=1, presence=0.95), labeled)["both"].accepted
+    assert select(scores, SelectionRules(top=1, presence=0.95), labeled)["both"].accepted
     for off in (replace(rules, presence=None), replace(rules, may_be_absent=("tumor",))):
         assert select(scores, off, labeled)["missed"].accepted
 
@@ -181,13 +183,13 @@ def test_a_class_that_every_member_missed_is_no_agreement():
 )
 def test_the_share_of_labeled_cases_that_makes_a_class_required(having, number, presence, rejected):
     scores = {"a": case_score("a", 1.0, liver=class_score(1.0), tumor=ABSENT)}
-    decision = select(scores, Rules(presence=presence), labeled_cases(having, number))["a"]
+    decision = select(scores, SelectionRules(presence=presence), labeled_cases(having, number))["a"]
     assert decision.accepted is not rejected
 
 
 def test_presence_without_labeled_cases_is_no_rule():
     with pytest.raises(ValueError, match="--presence needs the volumes of labeled cases"):
-        select(scores_of(a=0.9), Rules(presence=0.95), {})
+        select(scores_of(a=0.9), SelectionRules(presence=0.95), {})
 
 
 def test_cases_that_lack_a_class_are_proposed_for_annotation():

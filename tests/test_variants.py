@@ -14,7 +14,7 @@ from test_methods import predict
 
 from nnunet_semiseg import checkpoints, cli
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
-from pseudo_label.rounds import _learns_from_unlabeled
+from pseudo_label.rounds.settings import Member
 
 METHOD = """
 from dataclasses import dataclass
@@ -118,13 +118,14 @@ def test_the_control_is_the_mean_teacher_with_weight_0_bit_for_bit(started):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_rounds_know_which_members_need_unlabeled_cases(name):
-    assert _learns_from_unlabeled(name) and _learns_from_unlabeled(f"{name}_5epochs")
+    assert Member(name, 0).learns_from_unlabeled and Member(f"{name}_5epochs", 0).learns_from_unlabeled
     if "pretraining=1" not in TRAINERS[name].switched_off:
-        assert not _learns_from_unlabeled(f"{name}_{TRAINERS[name].switched_off}")
+        assert not Member(f"{name}_{TRAINERS[name].switched_off}", 0).learns_from_unlabeled
 
 
 def test_members_of_nnunet_need_none():
-    assert not any(map(_learns_from_unlabeled, ("nnUNetTrainer", "nnUNetTrainer_20epochs", "nnUNetTrainer_seed=1")))
+    names = ("nnUNetTrainer", "nnUNetTrainer_20epochs", "nnUNetTrainer_seed=1")
+    assert not any(Member(name, 0).learns_from_unlabeled for name in names)
 
 
 @pytest.fixture

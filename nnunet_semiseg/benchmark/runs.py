@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.benchmark.processes import Child, OutOfTime
 from nnunet_semiseg.benchmark.quality import Snapshots
 from nnunet_semiseg.benchmark.records import RECORD, Run, read_if_whole, update_record
-from nnunet_semiseg.benchmark.suite import ALL, VANILLA, make_folds, read_suite
-from nnunet_semiseg.data.splits import read_splits
+from nnunet_semiseg.benchmark.suite import ALL, VANILLA, folds_of_budgets, read_suite
+from nnunet_semiseg.data.splits import make_folds, read_splits
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import Dataset, check_variables, dataset_name
 from nnunet_semiseg.files import read_text, write_text
@@ -53,7 +52,9 @@ class Benchmark:
         check_variables(nnUNet_results)
         self.plans = self.dataset.plans(s.plans)
         self.cases, stored = self._preprocessed_cases()
-        self.folds = make_folds(self.cases, self._validation(), s.budgets, s.split_seed, s.all_labels, bool(stored))
+        self.folds = folds_of_budgets(
+            self.cases, self._validation(), s.budgets, s.split_seed, s.all_labels, bool(stored)
+        )
         self.runs = self._runs()
         self._refuse_other_results()
 
@@ -88,7 +89,7 @@ class Benchmark:
                 f"{self.dataset.name} has {len(self.cases)} cases, too few for nnU-Net's own split. Name the "
                 f"validation cases in {self.file}"
             )
-        return [str(case) for case in generate_crossval_split(self.cases)[0]["val"]]
+        return make_folds(self.cases)[0]["val"]
 
     def trainer(self, method: str, seed: int) -> str:
         """The name that nnU-Net knows the trainer by.

@@ -99,7 +99,7 @@ def read_suite(file: Path) -> Suite:
     return Suite(**content)
 
 
-def make_folds(
+def folds_of_budgets(
     cases: list[str],
     validation: list[str],
     budgets: dict[str, list[str]] | list[int],

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from nnunet_semiseg.data.preprocessing import SUFFIXES, preprocess_cases
+from nnunet_semiseg.data.preprocessing import STORED_SUFFIXES, preprocess_cases
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name
 from nnunet_semiseg.parallel import add_processes_argument
@@ -74,6 +74,6 @@ def _preprocess(
     done = set(check_store(store, plans, plans.get_configuration(configuration_name), cure))
     for stale in sorted(done - set(images)):
         print(f"Removing {stale} from {store.name}: it is no longer in imagesUn.")
-        for suffix in reversed(SUFFIXES):
+        for suffix in reversed(STORED_SUFFIXES):
             (store / f"{stale}{suffix}").unlink(missing_ok=True)
     return preprocess_cases(dataset, args.p, configuration_name, images, store, args.np)

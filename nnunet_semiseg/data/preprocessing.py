@@ -18,7 +18,7 @@ from nnunet_semiseg.datasets import Dataset, orientation, read_images
 from nnunet_semiseg.parallel import over_cases
 
 # In the order in which they appear under their final name: a case counts as done once it has its properties.
-SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+STORED_SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 
 
 def preprocess_cases(
@@ -119,12 +119,12 @@ def _preprocess_case(
         written[:]
     except Exception as error:
         free = shutil.disk_usage(unfinished).free / 1e6
-        for suffix in SUFFIXES:
+        for suffix in STORED_SUFFIXES:
             Path(f"{target}{suffix}").unlink(missing_ok=True)
         raise OSError(
             f"case {case} could not be written to {folder} ({type(error).__name__}: {error}; {free:.0f} MB are free "
             "there). If the disk is full, free some space; then run the command again: finished cases are kept"
         ) from None
-    for suffix in SUFFIXES:
+    for suffix in STORED_SUFFIXES:
         os.replace(f"{target}{suffix}", folder / f"{case}{suffix}")
     return warnings

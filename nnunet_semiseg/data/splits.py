@@ -13,7 +13,32 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_semiseg.files import read_json
 
 
-def make_splits(
+def make_folds(
+    cases: Iterable[str], number: int = 5, seed: int = 12345, patients: Mapping[str, str] | None = None
+) -> list[dict]:
+    """Folds with ``train`` and ``val`` as nnU-Net makes them, with all cases of a patient in the same part.
+
+    Args:
+        cases: All labeled cases.
+        number: Of folds.
+        seed: nnU-Net's by default.
+        patients: {case: its patient}, of which there are as many as folds or more; None if each case has its own.
+    """
+    cases = sorted(cases)
+    patients = dict(zip(cases, cases)) if patients is None else patients
+    taking_turns = sorted({patients[case] for case in cases})
+
+    def cases_of(chosen: Iterable[str]) -> list[str]:
+        chosen = set(chosen)
+        return [case for case in cases if patients[case] in chosen]
+
+    return [
+        {key: cases_of(fold[key]) for key in ("train", "val")}
+        for fold in generate_crossval_split(taking_turns, seed=seed, n_splits=number)
+    ]
+
+
+def hide_labels(
     cases: list[str], num_labeled: int | None, labeled_cases: list[str] | None, folds: int, seed: int
 ) -> list[dict]:
     """Folds with ``train``, ``val`` and ``unlabeled``, pairwise disjoint.

@@ -15,7 +15,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_semiseg.trainers import methods
 from nnunet_semiseg.trainers.frame import SemiSupervisedTrainer
-from nnunet_semiseg.trainers.frame.settings import Settings
+from nnunet_semiseg.trainers.frame.settings import SettingsFromName
 from nnunet_semiseg.trainers.options import SETTING, check_folder_name, parse_suffix
 
 
@@ -39,7 +39,7 @@ def _methods() -> dict[str, type[SemiSupervisedTrainer]]:
 
 TRAINERS: dict[str, type[SemiSupervisedTrainer]] = _methods()
 
-_found: dict[str, type[Settings]] = {}
+_found: dict[str, type[SettingsFromName]] = {}
 
 
 class _Variant(type):
@@ -53,7 +53,7 @@ def _by_name(variant: _Variant) -> tuple[Callable, tuple[str]]:
 copyreg.pickle(_Variant, _by_name)
 
 
-def find_trainer(name: str) -> type[Settings] | None:
+def find_trainer(name: str) -> type[SettingsFromName] | None:
     """The trainer class of that name; the same object whenever it is asked for.
 
     Args:
@@ -100,7 +100,7 @@ def _is_nnunets(name: str) -> bool:
 
 def _variant(name: str, base: type, suffix: str) -> type:
     # A trainer that knows nothing of settings gets nnU-Net's schedule and a seed.
-    bases = (base,) if issubclass(base, Settings) else (Settings, base)
+    bases = (base,) if issubclass(base, SettingsFromName) else (SettingsFromName, base)
     options = bases[0].Options
     chosen, schedule = parse_suffix(suffix, options)
     return _Variant(

@@ -11,9 +11,10 @@ from nnunet_semiseg.executors import LocalExecutor, SlurmExecutor
 from nnunet_semiseg.parallel import add_processes_argument
 from nnunet_semiseg.segmentations import Classes
 from pseudo_label.commands.select import add_rules, read_rules
-from pseudo_label.rounds import Rounds, Settings
-from pseudo_label.scores import AGREEMENT, CONSENSUS
-from pseudo_label.selection import Rules
+from pseudo_label.rounds import Rounds, RoundsSettings
+from pseudo_label.scores import AGREEMENT
+from pseudo_label.scoring import CONSENSUS
+from pseudo_label.selection import SelectionRules
 
 # Where no rule is given.
 DEFAULT_THRESHOLD = 0.9
@@ -87,9 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     dataset = Dataset(dataset_name(args.d))
     rules = read_rules(args, Classes.from_file(dataset.json_file))
-    if replace(rules, presence=None, may_be_absent=()) == Rules():
+    if replace(rules, presence=None, may_be_absent=()) == SelectionRules():
         rules = replace(rules, threshold=DEFAULT_THRESHOLD)
-    settings = Settings(
+    settings = RoundsSettings(
         dataset=dataset.name,
         configuration=args.c,
         plans=args.p,

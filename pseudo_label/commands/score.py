@@ -10,7 +10,9 @@ from nnunet_semiseg.datasets import Dataset, dataset_name, dataset_reader
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.parallel import add_processes_argument
 from nnunet_semiseg.segmentations import Classes, find_reader
-from pseudo_label.scores import AGREEMENT, BOTH_EMPTY, CONSENSUS, find_labels, score_members
+from pseudo_label.members import find_labels
+from pseudo_label.scores import AGREEMENT, BOTH_EMPTY
+from pseudo_label.scoring import CONSENSUS, score_members
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +148,7 @@ def _hidden(dataset: Dataset, folds: list[int] | None) -> set[str]:
     Raises:
         ValueError: if there is no such fold; or if none is given and too few cases are visible in all of them.
     """
-    splits_file = dataset.preprocessed / "splits_final.json"
+    splits_file = dataset.splits_file
     hidden, labeled = all_hidden_cases(splits_file, folds), set(dataset.labeled_cases())
     if hidden and folds is None and len(labeled - hidden) < 2:
         raise ValueError(

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from nnunet_semiseg.segmentations import Classes
-from pseudo_label.scores import read_labeled_volumes, read_scores
-from pseudo_label.selection import Rules, select, to_annotate
+from pseudo_label.score_files import read_labeled_volumes, read_scores, scored_classes
+from pseudo_label.selection import SelectionRules, rejected_to_annotate, select
 from pseudo_label.selection_files import (
     case_images,
     export_for_annotation,
     ignore_value,
     remove_selection,
-    scored_classes,
     write_selection,
 )
 
@@ -25,7 +24,7 @@ DEFAULT_PRESENCE = 0.95
 
 
 def add_rules(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """The flags of Rules, which ``rounds`` has as well."""
+    """The flags of SelectionRules, which ``rounds`` has as well."""
     rules = parser.add_argument_group("rules", meaning)
     rules.add_argument("--threshold", type=float, metavar="T", help="lowest score (T itself is accepted)")
     rules.add_argument(
@@ -90,9 +89,9 @@ def _share_or_off(text: str) -> float | str:
 _share_or_off.__name__ = "share"
 
 
-def read_rules(args: argparse.Namespace, classes: Classes) -> Rules:
+def read_rules(args: argparse.Namespace, classes: Classes) -> SelectionRules:
     """Raises ValueError if a rule cannot be applied."""
-    rules = Rules(
+    rules = SelectionRules(
         args.threshold,
         dict(args.class_threshold),
         args.max_volume_zscore,
@@ -143,9 +142,7 @@ def run(args: argparse.Namespace) -> None:
         remove_selection(args.o)
     elif args.o.exists() and any(args.o.iterdir()):
         raise FileExistsError(f"{args.o} is not empty. Choose another -o, or replace what is there with --overwrite")
-    left = {case: scores[case] for case, decision in decisions.items() if not decision.accepted}
-    lacking = {case for case, decision in decisions.items() if decision.lacking}
-    chosen = to_annotate(left, args.annotate, lacking) if images is not None else []
+    chosen = [] if images is None else rejected_to_annotate(scores, decisions, args.annotate)
     if chosen and images is not None:
         export_for_annotation(args.i, args.o / "annotate", chosen, scores, images, classes)
     write_selection(args.i, args.o, decisions, scores, classes, args.min_agreement)

@@ -17,7 +17,7 @@ from nnunet_semiseg.data.splits import check_trained_on
 from nnunet_semiseg.networks.ema import unwrap
 from nnunet_semiseg.trainers.frame.distributed import gathered
 from nnunet_semiseg.trainers.frame.part import Part
-from nnunet_semiseg.trainers.frame.settings import Settings
+from nnunet_semiseg.trainers.frame.settings import SettingsFromName
 
 PREVIOUS = "checkpoint_previous.pth"
 
@@ -34,8 +34,8 @@ class Checkpointing(Part):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        # Not that of Settings, which wants a file.
-        checkpoint = checkpoints.as_written_by(super(Settings, cast(Settings, self)).save_checkpoint)
+        # Not that of SettingsFromName, which wants a file.
+        checkpoint = checkpoints.as_written_by(super(SettingsFromName, cast(SettingsFromName, self)).save_checkpoint)
         state = {
             "version": nnunet_semiseg.__version__,
             "options": asdict(self.options),

@@ -44,7 +44,7 @@ class SeedOptions:
     seed: int = option(-1, "seed of all random numbers, those of the augmentation processes included; -1: none", low=-1)
 
 
-class Settings(Part):
+class SettingsFromName(Part):
     """Mixin in front of an nnU-Net trainer: its name sets nnU-Net's schedule attributes and a seed.
 
     Its checkpoints are whole, whenever it is killed, and its log has the peak of the GPU's memory.

@@ -26,13 +26,13 @@ from nnunet_semiseg.trainers.frame.monitoring import Monitoring
 from nnunet_semiseg.trainers.frame.options import TeacherOptions
 from nnunet_semiseg.trainers.frame.schedule import schedule_of
 from nnunet_semiseg.trainers.frame.second_network import SUFFIX, SecondNetwork
-from nnunet_semiseg.trainers.frame.settings import Settings
+from nnunet_semiseg.trainers.frame.settings import SettingsFromName
 from nnunet_semiseg.trainers.frame.step import Step
 from nnunet_semiseg.trainers.frame.streams import Streams
 
 
 class SemiSupervisedTrainer(
-    MethodHooks, Mixing, Step, Streams, ForegroundSampling, Monitoring, Checkpointing, Settings, nnUNetTrainer
+    MethodHooks, Mixing, Step, Streams, ForegroundSampling, Monitoring, Checkpointing, SettingsFromName, nnUNetTrainer
 ):
     """nnU-Net's trainer with a second, unlabeled stream.
 

@@ -88,6 +88,15 @@ class Manifest:
     def write(self) -> None:
         write_json(self.file, {key: value for key, value in vars(self).items() if key != "file"})
 
+    @property
+    def datasets(self) -> list[str]:
+        """The names of the datasets of the rounds that have begun."""
+        return [of["dataset"] for of in self.rounds]
+
+    def begin_round(self, dataset: str) -> None:
+        self.rounds.append({"dataset": dataset, "steps": {}})
+        self.write()
+
     def is_done(self, number: int, step: str) -> bool:
         return len(self.rounds) > number and step in self.rounds[number]["steps"]
 

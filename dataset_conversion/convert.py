@@ -18,11 +18,11 @@ from pathlib import Path
 
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
-from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 import dataset_conversion
 from dataset_conversion.common import SUFFIXES, Case, Download, Source, convert_case
 from nnunet_semiseg import __version__
+from nnunet_semiseg.data.splits import make_folds
 from nnunet_semiseg.datasets import check_variables
 from nnunet_semiseg.files import read_json, write_csv, write_json
 from nnunet_semiseg.parallel import add_processes_argument, over_cases
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     found = _checked(source.cases(download, args))
     parts = assign(found, args.labeled, lists)
     cases = {case.name: case for case in found if case.name in parts}
-    folds = make_folds(cases, parts)
+    folds = splits_of(cases, parts)
     splits_file = Path(str(nnUNet_preprocessed)) / name / "splits_final.json"
     if splits_file.is_file() and read_json(splits_file) != folds:
         raise FileExistsError(f"{splits_file} is of another dataset that was called {name}. Remove its folder")
@@ -263,7 +263,7 @@ def assign(cases: list[Case], num_labeled: int | None, lists: dict[str, list[str
     return parts
 
 
-def make_folds(cases: dict[str, Case], parts: dict[str, str]) -> list[dict] | None:
+def splits_of(cases: dict[str, Case], parts: dict[str, str]) -> list[dict] | None:
     """``splits_final.json``, or None where nnU-Net's own folds are right: one case of each of five or more patients.
 
     With a validation list there is one fold. Otherwise the patients, not the cases, take turns in up to five folds: for
@@ -272,16 +272,15 @@ def make_folds(cases: dict[str, Case], parts: dict[str, str]) -> list[dict] | No
     labeled, validation = (sorted(n for n in parts if parts[n] == part) for part in ("labeled", "validation"))
     if validation:
         return [{"train": labeled, "val": validation}]
-    patients = sorted({cases[name].patient for name in labeled})
-    if 5 <= len(patients) == len(labeled):
+    patients = {name: cases[name].patient for name in labeled}
+    number = len(set(patients.values()))
+    if 5 <= number == len(labeled):
         return None
-    if len(patients) == 1:
-        print(f"One patient is labeled, {patients[0]}, who is for validation, too: such a validation tells nothing")
+    if number == 1:
+        patient = patients[labeled[0]]
+        print(f"One patient is labeled, {patient}, who is for validation, too: such a validation tells nothing")
         return [{"train": labeled, "val": labeled}]
-    return [
-        {key: [name for name in labeled if cases[name].patient in fold[key]] for key in ("train", "val")}
-        for fold in generate_crossval_split(patients, n_splits=min(5, len(patients)))
-    ]
+    return make_folds(labeled, min(5, number), patients=patients)
 
 
 # ------------------------------------------------------------------------------------------------------------ summary

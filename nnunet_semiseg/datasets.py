@@ -125,6 +125,11 @@ class Dataset:
         return Path(str(nnUNet_preprocessed)) / self.name
 
     @property
+    def splits_file(self) -> Path:
+        """nnU-Net's folds; it may be missing."""
+        return self.preprocessed / "splits_final.json"
+
+    @property
     def json_file(self) -> Path:
         """The dataset.json beside the preprocessed data; before there is one, the raw one."""
         file = self.preprocessed / "dataset.json"

@@ -504,19 +504,19 @@ def test_bad_budgets(raw, download, tmp_path, capsys, budget, message):
 
 def test_folds_are_drawn_by_patient_where_a_patient_has_several_cases():
     labeled = {f"{p}_{i}": case(f"{p}_{i}") for p in "abcdefg" for i in range(2)}
-    folds = command.make_folds(labeled, dict.fromkeys(labeled, "labeled"))
+    folds = command.splits_of(labeled, dict.fromkeys(labeled, "labeled"))
     assert len(folds) == 5 and sorted(name for fold in folds for name in fold["val"]) == sorted(labeled)
     for fold in folds:
         assert not {n[0] for n in fold["train"]} & {n[0] for n in fold["val"]}
         assert sorted(fold["train"] + fold["val"]) == sorted(labeled)
     # nnU-Net's own folds do for one case of each of five patients.
-    assert command.make_folds(labeled, dict.fromkeys([f"{p}_0" for p in "abcde"], "labeled")) is None
+    assert command.splits_of(labeled, dict.fromkeys([f"{p}_0" for p in "abcde"], "labeled")) is None
 
 
 @pytest.mark.parametrize("labeled, folds", [(["a_0", "b_0", "b_1", "c_0"], 3), (["a_0", "b_0"], 2)])
 def test_fewer_than_five_patients_have_folds_although_nnunet_makes_none(labeled, folds):
     cases = {name: case(name) for name in labeled}
-    found = command.make_folds(cases, dict.fromkeys(cases, "labeled"))
+    found = command.splits_of(cases, dict.fromkeys(cases, "labeled"))
     assert len(found) == folds and sorted(name for fold in found for name in fold["val"]) == labeled
     assert all(fold["train"] and not {n[0] for n in fold["train"]} & {n[0] for n in fold["val"]} for fold in found)
 

@@ -42,7 +42,7 @@ class TestSplits:
             assert not {patients[case] for case in fold["train"]} & {patients[case] for case in fold["val"]}
 
     def test_folds_are_disjoint_and_validation_is_nnunets(self):
-        splits = make_splits(CASES, 3, None, folds=5, seed=12345)
+        splits = hide_labels(CASES, 3, None, folds=5, seed=12345)
         stock = generate_crossval_split(CASES, seed=12345, n_splits=5)
         for split, theirs in zip(splits, stock):
             assert len(split["train"]) == 3
@@ -50,11 +50,11 @@ class TestSplits:
             assert sorted(split["train"] + split["val"] + split["unlabeled"]) == CASES
 
     def test_a_larger_budget_contains_the_smaller_one(self):
-        small, large = (make_splits(CASES, n, None, 5, 1) for n in (2, 6))
+        small, large = (hide_labels(CASES, n, None, 5, 1) for n in (2, 6))
         assert all(set(s["train"]) < set(g["train"]) for s, g in zip(small, large))
 
     def test_named_cases_are_labeled_in_every_fold(self):
-        splits = make_splits(CASES, None, ["case_03", "case_07"], folds=3, seed=0)
+        splits = hide_labels(CASES, None, ["case_03", "case_07"], folds=3, seed=0)
         assert [s["train"] for s in splits] == [["case_03", "case_07"]] * 3
         assert sorted(sum((s["val"] for s in splits), [])) == [c for c in CASES if c not in ("case_03", "case_07")]
 
@@ -68,7 +68,7 @@ class TestSplits:
     )
     def test_bad_budgets(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            make_splits(CASES, *arguments)
+            hide_labels(CASES, *arguments)
 
     def test_a_fold_is_checked(self, tmp_path):
         file = tmp_path / "splits_final.json"

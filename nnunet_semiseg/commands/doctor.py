@@ -241,7 +241,7 @@ def _hides_labels(dataset: Dataset) -> bool:
     from nnunet_semiseg.data.splits import all_hidden_cases
 
     try:
-        return bool(all_hidden_cases(dataset.preprocessed / "splits_final.json"))
+        return bool(all_hidden_cases(dataset.splits_file))
     except ValueError:
         # Reported where the folds are checked.
         return False
@@ -354,7 +354,7 @@ def _check_plans(report: Report, dataset: Dataset, names: list[str]) -> None:
                 report.ok(message)
             elif (dataset.raw / "imagesUn").exists():
                 report.warn(message, command)
-    splits = dataset.preprocessed / "splits_final.json"
+    splits = dataset.splits_file
     if splits.is_file():
         try:
             folds = len(read_splits(splits))

@@ -6,7 +6,7 @@ import argparse
 import shutil
 from datetime import datetime
 
-from nnunet_semiseg.data.splits import make_splits
+from nnunet_semiseg.data.splits import hide_labels
 from nnunet_semiseg.datasets import Dataset, dataset_name
 from nnunet_semiseg.files import write_json
 
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> None:
     cases = dataset.labeled_cases()
     if not cases:
         raise FileNotFoundError(f"{dataset.name} has no labeled cases in {dataset.raw / 'labelsTr'}")
-    splits = make_splits(cases, args.labeled, args.labeled_cases, args.folds, args.seed)
-    file = dataset.preprocessed / "splits_final.json"
+    splits = hide_labels(cases, args.labeled, args.labeled_cases, args.folds, args.seed)
+    file = dataset.splits_file
     if file.is_file():
         if not args.overwrite:
             raise FileExistsError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -63,15 +63,15 @@ def hide_labels(
     if unknown:
         raise ValueError(f"No labeled case is named {', '.join(unknown)}. Cases are named, e.g., {cases[0]}")
     others = [case for case in cases if case not in fixed]
-    splits = max(folds, 2) if folds > 1 else 5
+    splits = folds if folds > 1 else 5
     if len(others) < splits:
         raise ValueError(
             f"{len(others)} cases are left for validation and hiding, too few for {splits} folds. "
             "Use fewer --folds or fewer labeled cases"
         )
     result = []
-    for fold, split in enumerate(generate_crossval_split(others, seed=seed, n_splits=splits)[:folds]):
-        train = sorted(str(case) for case in split["train"])
+    for fold, split in enumerate(make_folds(others, splits, seed)[:folds]):
+        train = split["train"]
         if labeled_cases or num_labeled is None:
             labeled = fixed
         else:
@@ -83,11 +83,7 @@ def hide_labels(
             order = np.random.RandomState(seed + fold).permutation(len(train))
             labeled = sorted(train[i] for i in order[:num_labeled])
         result.append(
-            {
-                "train": labeled,
-                "val": sorted(str(case) for case in split["val"]),
-                "unlabeled": [case for case in train if case not in labeled],
-            }
+            {"train": labeled, "val": split["val"], "unlabeled": [case for case in train if case not in labeled]}
         )
     return result
 

@@ -938,7 +938,7 @@ def test_cps_losses_literally(trainer_of, shape, classes, kind, part):
     expected = sum(
         literal[name](everywhere(logits, kind), hard, ones, kind) for name in literal if part in (name, "both")
     )
-    assert float(trainer.pseudo_loss(logits, hard, ones)) == pytest.approx(expected, rel=1e-4)
+    assert float(trainer.pseudo_label_loss(logits, hard, ones)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_second_plans_go_there_and_back():

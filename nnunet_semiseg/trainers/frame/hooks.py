@@ -92,7 +92,7 @@ class MethodHooks(Part):
 
         A function of ``self.options`` alone.
         """
-        return True
+        return not isinstance(self.options, PseudoLabelOptions) or self.options.pseudo_weight > 0
 
     @classmethod
     def learns_from_unlabeled(cls) -> bool:

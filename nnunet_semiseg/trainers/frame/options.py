@@ -77,8 +77,12 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class PseudoLabelOptions:
-    """Options of methods whose student learns hard labels that a network made."""
+    """Options of methods whose student learns hard labels that a network made.
 
+    The frame then makes ``pseudo_label_loss``, nnU-Net's loss with a weight for each voxel (``segmentation_loss``).
+    """
+
+    pseudo_weight: float = option(1.0, "largest weight of the loss on pseudo labels", low=0.0)
     confidence: float = option(
         0.0, "probability from which a pseudo label has weight 1; 0: all have", low=0.0, high=1.0
     )

@@ -23,7 +23,7 @@ from nnunet_semiseg.trainers.frame.foreground import ForegroundSampling
 from nnunet_semiseg.trainers.frame.hooks import MethodHooks
 from nnunet_semiseg.trainers.frame.mixing import Mixing
 from nnunet_semiseg.trainers.frame.monitoring import Monitoring
-from nnunet_semiseg.trainers.frame.options import TeacherOptions
+from nnunet_semiseg.trainers.frame.options import PseudoLabelOptions, TeacherOptions
 from nnunet_semiseg.trainers.frame.schedule import schedule_of
 from nnunet_semiseg.trainers.frame.second_network import SUFFIX, SecondNetwork
 from nnunet_semiseg.trainers.frame.settings import SettingsFromName
@@ -101,6 +101,8 @@ class SemiSupervisedTrainer(
                 teacher = EMATeacher(self.network, self.options.ema_decay, warm_up=not self.teacher_starts_pretrained)
                 teacher.compile_with(self.compiled)
                 self.companions["teacher"] = teacher
+            if isinstance(self.options, PseudoLabelOptions):
+                self.pseudo_label_loss = self.segmentation_loss()
             self.companions.update(self.build_companions())
             self.companions.to(self.device)
         trainable = [p for p in self.companions.parameters() if p.requires_grad]

@@ -84,15 +84,12 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
 
     def build_companions(self):
         part = self.options.pseudo_loss
-        self.pseudo_loss = self.segmentation_loss(ce_weight=float(part != "dice"), dice_weight=float(part != "ce"))
+        self.pseudo_label_loss = self.segmentation_loss(ce_weight=float(part != "dice"), dice_weight=float(part != "ce"))
         return {}
 
     def pseudo_weight(self) -> float:
         """w(t)."""
         return self.options.pseudo_weight * self.ramp()
-
-    def needs_unlabeled(self):
-        return self.options.pseudo_weight > 0
 
     @torch.no_grad()
     def targets(self, unlabeled):
@@ -116,5 +113,5 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
             ("cross_first", first, hard_second, weight_second),
             ("cross_second", second, hard_first, weight_first),
         ):
-            loss = self.pseudo_loss(self.outputs(network, image), hard, weight)
+            loss = self.pseudo_label_loss(self.outputs(network, image), hard, weight)
             yield {name: Term(loss, self.pseudo_weight())}

@@ -25,7 +25,6 @@ class CutMixOptions(PseudoLabelOptions, TeacherOptions, PretrainingOptions):
     ramp_up: float = option(0.1, "share of the run over which the weight rises, after pretraining", low=0.0, high=1.0)
     mixing: str = option("both", "the box's origin", choices=MIXING)
     strong_view: str = option("strong", "intensities of the student's view", choices=("none", "nnunet", "strong"))
-    pseudo_weight: float = option(1.0, "weight of the loss on mixed patches", low=0.0)
     confidence: float = option(0.7, "probability from which a pseudo label has weight 1", low=0.0, high=1.0)
     predict_with: str = option("teacher", "the network that predicts", choices=("student", "teacher"))
 
@@ -51,18 +50,11 @@ class nnUNetTrainerCutMix(SemiSupervisedTrainer):
     terms = dict(supervised=STUDENT, mixed=STUDENT)
     switched_off = "pseudo_weight=0"
 
-    def build_companions(self):
-        self.pseudo_loss = self.segmentation_loss()
-        return {}
-
-    def needs_unlabeled(self):
-        return self.options.pseudo_weight > 0
-
     @torch.no_grad()
     def targets(self, unlabeled):
         logits = self.logits(self.teacher, unlabeled.weak)
         return {"hard": self.labels.hard(logits), "weight": self.confidence_weight(logits)}
 
     def student_losses(self, image, hard, weight):
-        loss = self.pseudo_loss(self.outputs(self.student, image), hard, weight)
+        loss = self.pseudo_label_loss(self.outputs(self.student, image), hard, weight)
         yield {"mixed": Term(loss, self.options.pseudo_weight * self.ramp())}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, train_steps
+from conftest import SHORT, five_stages, train_steps
 
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
@@ -38,6 +38,27 @@ def test_features_forward_is_the_networks_own(started, configuration):
         else:
             assert torch.equal(outputs, expected)
         torch.testing.assert_close(network.decoder.seg_layers[-1](features), full_resolution(expected))
+
+
+def test_features_of_lower_stages_and_dropped_channels(started):
+    network = started(NAME + NOW + SHORT, configuration=five_stages("2d")).network
+    x, seen = torch.randn(2, 1, 32, 32), []
+    for layer in network.decoder.seg_layers:
+        layer.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    for stage in range(4):
+        seen.clear()
+        _, features = forward_with_features(network, x, stage=stage)
+        assert features is seen[stage] and features.shape[2] == 4 * 2**stage
+    seen.clear()
+    assert forward_with_features(network, x)[1] is seen[-1]
+
+    skips, given = network.encoder(x), []
+    network.decoder.transpconvs[0].register_forward_hook(lambda _, inputs, __: given.append(inputs[0]))
+    forward_with_features(network, x, channel_dropout=0.5)
+    (bottleneck,) = given
+    kept = bottleneck.flatten(2).abs().sum(2) > 0
+    assert 0 < kept.float().mean() < 1
+    torch.testing.assert_close(bottleneck[kept], 2 * skips[-1][kept])
 
 
 def test_other_networks_are_refused_with_the_way_out():

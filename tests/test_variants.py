@@ -9,7 +9,7 @@ import torch
 from conftest import SHORT, flat, make_case, train_steps
 from nnunetv2.run.run_training import run_training
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
-from test_frame import run_until
+from test_frame import assert_same, run_until
 from test_methods import predict
 
 from nnunet_semiseg import checkpoints, cli
@@ -46,6 +46,39 @@ class nnUNetTrainerOfMine(SemiSupervisedTrainer):
     def student_losses(self, image, sharp):
         own = self.labels.probabilities(self.logits(self.student, image))
         yield {"sharp": Term((own - sharp).square().mean(), self.ramp())}
+"""
+
+
+ADVERSARIAL = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nnunet_semiseg.trainers.frame import FrameOptions, SemiSupervisedTrainer, Term
+
+
+@dataclass(frozen=True)
+class Options(FrameOptions):
+    pass
+
+
+class nnUNetTrainerAdversarial(SemiSupervisedTrainer):
+    \"\"\"A discriminator tells predictions on labeled and unlabeled patches apart; with its own optimizer.\"\"\"
+
+    Options = Options
+
+    def build_companions(self):
+        return {"discriminator": nn.Linear(3, 1)}
+
+    def build_optimizers(self):
+        return {"discriminator": torch.optim.Adam(self.companions["discriminator"].parameters(), 1e-2)}
+
+    def student_losses(self, image):
+        outputs = self.outputs_of_dropped_channels(self.student, image)
+        p = self.labels.probabilities(outputs[0]).flatten(2).mean(2)
+        yield {"adversarial": Term(self.companions["discriminator"](p.detach()).sigmoid().log().mean().neg())}
+        yield {"fooled": Term(p.square().sum(), 0.01)}
 """
 
 
@@ -133,6 +166,7 @@ def written(tmp_path, monkeypatch):
     """A user's method in a folder of nnU-Net's search path."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "of_mine.py").write_text(textwrap.dedent(METHOD))
+    (tmp_path / "mine" / "adversarial.py").write_text(textwrap.dedent(ADVERSARIAL))
     import os
 
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path / "mine"), os.environ["nnUNet_extTrainer"]]))
@@ -159,3 +193,26 @@ def test_a_users_method_trains_resumes_predicts_and_is_exported(written, make_tr
     assert segmentation.shape == image.shape
     assert cli.main(["export", "-i", str(model), "-o", str(tmp_path / "exported")]) == 0
     assert np.array_equal(predict(tmp_path / "exported", image)[1], probabilities)
+
+
+def test_a_companion_with_an_optimizer_of_its_own_trains_and_resumes(written, make_trainer):
+    name = f"nnUNetTrainerAdversarial{SHORT}"
+    whole = make_trainer(name)
+    whole.initialize()
+    discriminator = whole.companions["discriminator"]
+    of_sgd = {id(p) for group in whole.optimizer.param_groups for p in group["params"]}
+    assert not of_sgd & {id(p) for p in discriminator.parameters()}
+    before = flat(discriminator).clone()
+    whole.run_training()
+    assert (flat(discriminator) - before).abs().max() == pytest.approx(6 * 1e-2, rel=0.2), "Adam's steps"
+
+    run_until(make_trainer(name), 1)
+    resumed = make_trainer(name, continue_training=True)
+    resumed.load_checkpoint(str(Path(resumed.output_folder) / "checkpoint_latest.pth"))
+    resumed.run_training()
+    assert torch.equal(flat(resumed.companions["discriminator"]), flat(discriminator))
+    assert torch.equal(flat(resumed.network), flat(whole.network))
+    assert_same(
+        resumed.companion_optimizers["discriminator"].state_dict(),
+        whole.companion_optimizers["discriminator"].state_dict(),
+    )

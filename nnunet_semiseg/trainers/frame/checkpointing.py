@@ -44,6 +44,7 @@ class Checkpointing(Part):
             "random": random_states,
             "non_finite_steps": self._non_finite_total,
             "trained_on": sorted(self.trained_on),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.companion_optimizers.items()},
             "schedule": self.schedule.state(),
             "of_this_run": self.schedule.OF_THIS_RUN,
             "method": self.method_state(),
@@ -84,6 +85,8 @@ class Checkpointing(Part):
         if "student" in state:
             unwrap(self.network).load_state_dict(state["student"])
         self.companions.load_state_dict(state["companions"])
+        for name, optimizer in self.companion_optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
         if len(state["random"]) == (dist.get_world_size() if self.is_ddp else 1):
             self._resumed_random_state = state["random"][self.local_rank]
         self._non_finite_total = state["non_finite_steps"]

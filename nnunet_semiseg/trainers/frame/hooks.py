@@ -10,8 +10,8 @@ import torch
 from torch import autocast, nn
 
 from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, VoxelLoss, WeightedSegmentationLoss
-from nnunet_semiseg.networks.ema import EMATeacher
-from nnunet_semiseg.networks.features import Outputs, full_resolution
+from nnunet_semiseg.networks.ema import EMATeacher, unwrap
+from nnunet_semiseg.networks.features import Outputs, forward_with_features, full_resolution
 from nnunet_semiseg.trainers.frame.options import FrameOptions, PseudoLabelOptions, SecondNetworkOptions
 from nnunet_semiseg.trainers.frame.part import Part
 from nnunet_semiseg.trainers.frame.settings import SeedOptions
@@ -81,9 +81,16 @@ class MethodHooks(Part):
     teacher_starts_pretrained = False
 
     def build_companions(self) -> dict[str, nn.Module]:
-        """Networks beside the student, by name; those with trainable parameters join the optimizer.
+        """Networks beside the student, by name; those with trainable parameters join nnU-Net's optimizer.
 
         Called once, after the student and the networks that the frame makes, the teacher and the second network.
+        """
+        return {}
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimizers of companions that do not join nnU-Net's, a discriminator with Adam say, by the companion's name.
+
+        Called once after ``build_companions``. They step when nnU-Net's does, and are saved and resumed.
         """
         return {}
 
@@ -314,6 +321,11 @@ class MethodHooks(Part):
         """What a student or a teacher answers, as nnU-Net's loss takes it: a list with deep supervision."""
         with self.autocast():
             return network(data)
+
+    def outputs_of_dropped_channels(self, network: nn.Module, data: torch.Tensor, probability: float = 0.5) -> Outputs:
+        """``outputs``, with channels of every skip connection and of the bottleneck dropped at random (UniMatch)."""
+        with self.random_stream, self.autocast():
+            return forward_with_features(unwrap(network), data, channel_dropout=probability)[0]
 
     def logits(self, network: Network, data: torch.Tensor) -> torch.Tensor:
         """Full-resolution (B, C, *) logits of a student or a teacher."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         network: Any
         labels: LabelAdapter
         companions: nn.ModuleDict
+        companion_optimizers: dict[str, torch.optim.Optimizer]
         # The second student as it is run, and all there is of it.
         second: Any
         _second: SecondNetwork

@@ -28,7 +28,8 @@ class Step(Part):
         target = [self.to_device(t) for t in target] if isinstance(target, list) else self.to_device(target)
         self._unlabeled_keys: list[str] = []
 
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in (self.optimizer, *self.companion_optimizers.values()):
+            optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Term] = {}
         loss = torch.zeros((), device=self.device)
         for group in self.losses(data, target):
@@ -94,17 +95,21 @@ class Step(Part):
         """Clip and step; False if the gradient is not finite. (On CUDA the gradient scaler sees to that.)"""
         if self.is_ddp:
             self._average_gradients()
+        optimizers = [self.optimizer, *self.companion_optimizers.values()]
         if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.optimizer)
+            for optimizer in optimizers:
+                self.grad_scaler.unscale_(optimizer)
         norms = [torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)]
         trainable = [p for p in self.companions.parameters() if p.grad is not None]
         if trainable:
             norms.append(torch.nn.utils.clip_grad_norm_(trainable, GRADIENT_CLIP))
         if self.grad_scaler is not None:
-            self.grad_scaler.step(self.optimizer)
+            for optimizer in optimizers:
+                self.grad_scaler.step(optimizer)
             self.grad_scaler.update()
         elif all(torch.isfinite(norm) for norm in norms):
-            self.optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         else:
             self._count_skipped_step(["the gradient"], [])
             return False

@@ -61,6 +61,7 @@ class SemiSupervisedTrainer(
         # The second network as it is run, if there is one.
         self.second = None
         self.schedule = schedule_of(self)
+        self.companion_optimizers: dict[str, torch.optim.Optimizer] = {}
         self.dataloader_unlabeled = None
         self.global_step = 0
         self.foreground_locations: dict = {}
@@ -105,7 +106,9 @@ class SemiSupervisedTrainer(
                 self.pseudo_label_loss = self.segmentation_loss()
             self.companions.update(self.build_companions())
             self.companions.to(self.device)
-        trainable = [p for p in self.companions.parameters() if p.requires_grad]
+        self.companion_optimizers = self.build_optimizers()
+        elsewhere = {p for name in self.companion_optimizers for p in self.companions[name].parameters()}
+        trainable = [p for p in self.companions.parameters() if p.requires_grad and p not in elsewhere]
         if trainable:
             self.optimizer.add_param_group({"params": trainable})
         if self.is_ddp:

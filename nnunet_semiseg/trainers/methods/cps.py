@@ -84,7 +84,9 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
 
     def build_companions(self):
         part = self.options.pseudo_loss
-        self.pseudo_label_loss = self.segmentation_loss(ce_weight=float(part != "dice"), dice_weight=float(part != "ce"))
+        self.pseudo_label_loss = self.segmentation_loss(
+            ce_weight=float(part != "dice"), dice_weight=float(part != "ce")
+        )
         return {}
 
     def pseudo_weight(self) -> float:

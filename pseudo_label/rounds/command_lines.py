@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from nnunet_semiseg.executors import LocalExecutor, SlurmExecutor
 from nnunet_semiseg.jobs import Job
 from pseudo_label.rounds.settings import Member
 from pseudo_label.rounds.setup import Setup
@@ -73,7 +74,7 @@ def selecting(setup: Setup, number: int) -> str:
     return shlex.join(command)
 
 
-def all_of_them(setup: Setup, datasets: Sequence[str], executor) -> list[str]:
+def all_of_them(setup: Setup, datasets: Sequence[str], executor: LocalExecutor | SlurmExecutor) -> list[str]:
     """The lines of all rounds, in their order, as if no round stopped them early.
 
     Args:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from nnunet_semiseg.executors import LocalExecutor, SlurmExecutor
 from nnunet_semiseg.jobs import lock
 from pseudo_label.rounds import command_lines, dataset_ids
 from pseudo_label.rounds.manifest import Manifest
@@ -29,7 +30,14 @@ class Rounds:
         ValueError, FileNotFoundError, CaseError: naming what cannot be used.
     """
 
-    def __init__(self, settings: RoundsSettings, folder: Path, executor, parts: int, processes: int):
+    def __init__(
+        self,
+        settings: RoundsSettings,
+        folder: Path,
+        executor: LocalExecutor | SlurmExecutor,
+        parts: int,
+        processes: int,
+    ):
         self.folder, self.executor = folder.resolve(), executor
         self.setup = Setup.read(settings, self.folder, parts, processes)
         self.manifest = self._open_manifest()
@@ -62,6 +70,7 @@ class Rounds:
             if call and self.manifest.stopped is None:
                 self.manifest.calls.append(call)
             self._loop()
+        assert self.manifest.stopped is not None
         return self.manifest.stopped
 
     def _loop(self) -> None:

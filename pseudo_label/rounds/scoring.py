@@ -73,10 +73,12 @@ def _drift(current: Round, scores: Mapping[str, CaseScore]) -> list[str]:
         new = _mean(of[name] for of in volumes)
         for what, before, factor in compared:
             old = _mean(of[name] for of in before)
-            if new == 0 and old > 0:
+            if new is None or not old:
+                continue
+            if new == 0:
                 found.append(f"no case has {name}")
                 break
-            if old > 0 and not 1 / factor <= new / old <= factor:
+            if not 1 / factor <= new / old <= factor:
                 found.append(f"{name} has {new:.3g} mm3 in the mean case, in {what} it has {old:.3g}")
                 break
     return found

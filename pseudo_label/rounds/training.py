@@ -9,7 +9,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunet_semiseg import checkpoints
 from nnunet_semiseg.data.splits import check_trained_on
 from nnunet_semiseg.files import read_json
-from nnunet_semiseg.jobs import end_of
+from nnunet_semiseg.jobs import Job, end_of
 from nnunet_semiseg.trainers.registry import find_trainer
 from pseudo_label.rounds import command_lines
 from pseudo_label.rounds.round import Round
@@ -95,7 +95,7 @@ def _validation(current: Round, member: Member) -> float | None:
     return sum(dice) / len(dice)
 
 
-def _job(current: Round, member: Member):
+def _job(current: Round, member: Member) -> Job:
     return command_lines.training(current.setup, current.number, current.dataset, member)
 
 

@@ -65,12 +65,13 @@ torch.save((loss.detach(), gradient), f"{sys.argv[1]}/rank{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 
-# One of each kind: a teacher, heads and a pool, pasted images, a second network and decisions taken together, a loss of
+# One of each kind: a teacher, heads and a pool, pasted images, mixed images of two networks, a second network and decisions taken together, a loss of
 # its own.
 DISTRIBUTED = {
     "nnUNetTrainerMeanTeacher": "consistency",
     "nnUNetTrainerCoraNet": "consistency",
-    "nnUNetTrainerBCPBURL": "mixed_out",
+    "nnUNetTrainerBCPBURL": "mixed",
+    "nnUNetTrainerCPS_mixing=both_turns=true_strong_view=strong": "cross_second",
     "nnUNetTrainerDualStream": "pseudo_second",
     "nnUNetTrainerDTML": "mask",
 }

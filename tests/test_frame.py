@@ -235,6 +235,7 @@ def assert_same(a, b, where=""):
 
 RESTARTS = [
     *((name, *where) for name in TRAINERS for where in EVERYWHERE),
+    *((f"{from_start(name)}_mixing=both_turns=true_strong_view=strong", "regions_ignore", "2d") for name in TRAINERS),
     ("nnUNetTrainerMeanTeacher_predict_with=teacher_unlabeled_foreground_sampling=0.5_warm_up=0", "labels", "2d"),
     ("nnUNetTrainerCoraNet_preset=code_pretraining=0.4", "labels", "2d"),
     ("nnUNetTrainerDTML_supervision=both_warm_up=0", "labels", "2d"),

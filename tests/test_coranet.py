@@ -21,7 +21,7 @@ def unlabeled_batch(trainer, certain=0.5):
 
 
 def terms_of(trainer, batch):
-    (terms,) = trainer.unsupervised_losses(batch)
+    (terms,) = trainer.unsupervised_losses(batch, None, None)
     return terms
 
 

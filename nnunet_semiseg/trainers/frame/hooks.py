@@ -64,6 +64,8 @@ class MethodHooks(Part):
     # Facts about a method, from which README, docs and benchmark are made.
     paper: Paper | None = None
     idea = ""
+    # In a few words that follow "Use it".
+    use_when = ""
     # What differs from the paper and its published code.
     corrected = ""
     # Which network makes the targets of unlabeled patches: student, teacher or second.

@@ -173,7 +173,7 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
     def targets_of_labels(self, hard, valid):
         return {"hard": hard, "labeled": valid}
 
-    def unsupervised_losses(self, unlabeled, data=None, target=None):
+    def unsupervised_losses(self, unlabeled, data, target):
         if self.options.unmixed or self.options.mixing != "copypaste":
             yield from super().unsupervised_losses(unlabeled, data, target)
             return

@@ -1,8 +1,8 @@
 """What the first steps of every trainer compute, recorded: a change that is not meant to change a method leaves it.
 
-``RECORD=1 python -m pytest -n 0 tests/test_first_steps.py`` writes ``first_steps.json`` anew; its diff then shows, to
-six digits, what has changed. On another CPU, a voxel at the edge of a mask may fall on the other side of it: the test
-leaves room for a few.
+``RECORD=1 python -m pytest -n 0 tests/methods/test_first_steps.py`` writes ``first_steps.json`` anew; its diff then
+shows, to six digits, what has changed. On another CPU, a voxel at the edge of a mask may fall on the other side of it:
+the test leaves room for a few.
 """
 
 import json

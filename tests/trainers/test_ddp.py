@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import short
+from conftest import REPOSITORY, short
 from test_losses import adapter
 
 from nnunet_semiseg.losses.pseudo_labels import WeightedSegmentationLoss
@@ -65,8 +65,8 @@ torch.save((loss.detach(), gradient), f"{sys.argv[1]}/rank{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 
-# One of each kind: a teacher, heads and a pool, pasted images, mixed images of two networks, a second network and decisions taken together, a loss of
-# its own.
+# One of each kind: a teacher, heads and a pool, pasted images, mixed images, a second network and decisions taken
+# together, a loss of its own.
 DISTRIBUTED = {
     "nnUNetTrainerMeanTeacher": "consistency",
     "nnUNetTrainerCoraNet": "consistency",
@@ -105,7 +105,7 @@ def test_dice_over_the_batch_is_one_over_all_ranks(tmp_path):
     weight = torch.rand(4, 1, 5, 6)
     weight[2:] = 0
     torch.save((logits.detach(), hard, weight), tmp_path / "batch.pt")
-    on_two_ranks(LOSS_WORKER, tmp_path, Path(__file__).parent)
+    on_two_ranks(LOSS_WORKER, tmp_path, REPOSITORY / "tests" / "losses")
     whole = WeightedSegmentationLoss(adapter(3), True, ce_weight=0)(logits, hard, weight)
     (gradient,) = torch.autograd.grad(whole, logits)
     losses, gradients = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)))

@@ -13,6 +13,7 @@ in the machine's load falls on all of them.
   + one teacher forward pass.
 * CoraNet's step against Mean Teacher's, relabeling apart; and with its share of a relabeling.
 * EMA update against Mean Teacher's step.
+* A step with the frame's mixing against one without.
 * Peak memory against stock, as whole processes (one each): added memory is compared with the companions' weights.
 * Inference time of the checkpoint's network against stock's.
 """
@@ -55,6 +56,9 @@ TRAINERS = {
     name.removeprefix("nnUNetTrainer"): _described(name.removeprefix("nnUNetTrainer"), trainer)
     for name, trainer in METHODS.items()
 }
+# The frame's mixing is measured on and off.
+MIXED = {"MeanTeacher": "MeanTeacher_mixing=both_turns=true", "CutMix": "CutMix_mixing=none"}
+TRAINERS |= {setting: TRAINERS[name] for name, setting in MIXED.items()}
 STOCK = f"nnUNetTrainerMeanTeacher{SETTINGS}_consistency_weight=0"
 
 
@@ -105,7 +109,7 @@ def main():
     parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.trainers = list(dict.fromkeys(["MeanTeacher", "CoraNet", *args.trainers]))
+    args.trainers = list(dict.fromkeys(["MeanTeacher", "CoraNet", *MIXED, *MIXED.values(), *args.trainers]))
     if args.peak_of:
         peak_of(args, args.peak_of)
         return
@@ -174,6 +178,12 @@ def main():
             None,
         ),
         ("EMA update / Mean Teacher step", median["EMA update"] / median["MeanTeacher step"], 0.02),
+        (
+            "Mean Teacher step with mixing and turns / without",
+            median[f"{MIXED['MeanTeacher']} step"] / median["MeanTeacher step"],
+            1.02,
+        ),
+        ("CutMix step / without mixing", median["CutMix step"] / median[f"{MIXED['CutMix']} step"], 1.02),
     ]
     rows += inference(args, stock, coranet) + memory(args)
     print("\n| ratio | measured | at most |\n|---|---|---|")

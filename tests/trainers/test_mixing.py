@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, from_start, train_steps
+from conftest import SHORT, from_start, slow_unless, train_steps
 
 from nnunet_semiseg.losses.mixing import beta_side
 from nnunet_semiseg.trainers.frame.mixing import BETA
 from nnunet_semiseg.trainers.registry import TRAINERS
 
-EVERY = [("labels", "2d"), ("regions", "3d_fullres"), ("ignore", "3d_fullres"), ("regions_ignore", "2d")]
+EVERY = slow_unless(
+    [("labels", "2d"), ("regions", "3d_fullres"), ("ignore", "3d_fullres"), ("regions_ignore", "2d")],
+    lambda kind, configuration: kind == "labels",
+)
 
 
 def patches(trainer, first, number=4):

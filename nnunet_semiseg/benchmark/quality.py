@@ -133,7 +133,13 @@ class Scorer:
             allow_tqdm=False,
         )
         predictor.manual_initialization(
-            network, plans, configuration, None, self.dataset_json, self.trainer, inference_allowed_mirroring_axes=None
+            network,
+            manager,
+            configuration,
+            None,
+            self.dataset_json,
+            self.trainer,
+            inference_allowed_mirroring_axes=None,
         )
         dice = []
         for case in self.data.identifiers:

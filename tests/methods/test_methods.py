@@ -180,7 +180,7 @@ def test_each_term_trains_the_networks_it_should_and_no_others(started, method, 
     if method.startswith("CoraNet"):
         trainer.before_step()
         original = trainer.next_unlabeled
-        trainer.next_unlabeled = lambda: {**original(), "certain": torch.rand(batch["data"].shape) < 0.5}
+        trainer.next_unlabeled = lambda: original()._replace(certain=torch.rand(batch["data"].shape) < 0.5)
     modules = {"student": trainer.network, **dict(trainer.companions)}
     reached = {}
     trainer._unlabeled_keys = []

@@ -507,7 +507,7 @@ def test_labels_and_names_that_rounds_cannot_use_are_refused(make, work, monkeyp
     regions = {"labels": {"background": 0, "whole": [1, 2], "core": 1}, "regions_class_order": [1, 2]}
     try:
         file.write_text(json.dumps({**json.loads(before), **regions}))
-        with pytest.raises(ValueError, match=r"dataset\.json: regions_class_order .*has to be \[2, 1\]"):
+        with pytest.raises(ValueError, match=r"dataset\.json: regions_class_order .*must be \[2, 1\]"):
             make(FakeExecutor())
     finally:
         file.write_text(before)

@@ -109,8 +109,8 @@ def restarted(checkpoint: dict) -> dict:
         state = new[STATE_KEY] = {**new[STATE_KEY]}
         # A second phase starts when it is its time in this training. (Once, its start stood in the method's state.)
         of_this_run = state.get("of_this_run", ("phase_2_start",))
-        for part in ("schedule", "method"):
-            state[part] = {name: value for name, value in state.get(part, {}).items() if name not in of_this_run}
+        for part in {"schedule", "method"} & set(state):
+            state[part] = {name: value for name, value in state[part].items() if name not in of_this_run}
     return new
 
 

@@ -268,6 +268,28 @@ def test_restart_continues_bit_for_bit(make_trainer, name, kind, configuration):
     assert (Path(resumed.output_folder) / "checkpoint_final.pth").is_file()
 
 
+@pytest.mark.parametrize("name", ["nnUNetTrainerBCP", "nnUNetTrainerMeanTeacher"])
+def test_a_checkpoint_without_a_schedule_continues_and_restarts(make_trainer, name):
+    """As version 0.1.0 wrote it: the state of two phases was the method's."""
+    whole = make_trainer(short(name))
+    whole.run_training()
+    run_until(make_trainer(short(name)), epoch=1)
+    resumed = make_trainer(short(name), continue_training=True)
+    latest = Path(resumed.output_folder) / "checkpoint_latest.pth"
+    checkpoint = checkpoints.read(latest)
+    state = checkpoint[checkpoints.STATE_KEY]
+    state["method"] = state.pop("schedule")
+    del state["of_this_run"], state["optimizers"]
+    checkpoints.write(checkpoint, latest)
+    checkpoints.write(checkpoints.restarted(checkpoint), latest.with_name("restarted.pth"))
+    again = make_trainer(short(name))
+    again.load_checkpoint(str(latest.with_name("restarted.pth")))
+    assert again.current_epoch == 0 and again.schedule.state().get("phase_2_start") is None
+    resumed.load_checkpoint(str(latest))
+    resumed.run_training()
+    assert_same(state_of(whole), state_of(resumed))
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_checkpoint_is_a_plain_one_with_our_state_beside(make_trainer, name):
     trainer = make_trainer(short(name))

@@ -289,6 +289,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(dataset, write, monke
     assert printed.count("FAILED: exit code 4") == printed.count("    no luck\n") == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_nowhere_in_a_whole_call_fails(dataset, write, monkeypatch, capsys):
     # Of the two runs, each call's first one has all of its time; it is tried last in the next call.
     endless = [sys.executable, "-c", "import time; time.sleep(60)"]

@@ -153,6 +153,7 @@ def test_export_predicts_the_same_voxels_without_this_project(trained, tmp_path,
     assert "Could not find requested nnunet trainer" in predict(model, images, tmp_path / "x", HIDDEN).stderr
 
 
+@pytest.mark.slow
 def test_export_as_zip_is_what_nnunet_installs(trained, tmp_path):
     """Under the model's own name, by which nnUNetv2_predict finds it without this project."""
     model = trained("nnUNetTrainerMeanTeacher" + SHORT, "labels", "2d")

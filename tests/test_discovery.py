@@ -78,6 +78,7 @@ def install(tmp_path_factory, wheel):
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
+@pytest.mark.slow
 def test_stock_search_finds_trainers_and_variants_from_another_folder(install, tmp_path, kind):
     names = ["nnUNetTrainerCoraNet", "nnUNetTrainerMeanTeacher_20epochs_ema_decay=0.999_num_iterations_per_epoch=50"]
     result = python(install(kind), FIND.format(names=names), tmp_path)

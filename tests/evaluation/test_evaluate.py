@@ -142,6 +142,7 @@ def test_dice_equals_that_of_nnunet(folders, tmp_path, kind):
     assert content["foreground_mean"]["Dice"] == pytest.approx(expected["foreground_mean"]["Dice"])
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_processes(folders, tmp_path):
     for processes in (1, 2):
         assert evaluate(folders, "-o", tmp_path / str(processes), np=processes) == 0

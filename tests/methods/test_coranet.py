@@ -234,6 +234,7 @@ def test_all_certain_and_all_uncertain_batches_are_finite(started, certain, kind
         assert torch.isfinite(term.value) and term.value.requires_grad
 
 
+@pytest.mark.slow
 def test_conservative_foreground_lies_inside_of_radical_foreground_after_training(started):
     trainer = started(f"{NAME}_setting=seg_num_iterations_per_epoch=200_1epochs_seed=3")
     train_steps(trainer, 200)

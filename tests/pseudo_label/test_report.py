@@ -134,6 +134,7 @@ def test_the_same_folder_gives_the_same_report(reported):
     assert before == [(reported / name).read_bytes() for name in ("report.html", "report.json")]
 
 
+@pytest.mark.slow
 def test_a_machine_that_knows_ascii_alone_writes_the_same_page(reported):
     pages = []
     # Two processes: what else ran in this one may have changed how matplotlib draws.

@@ -247,6 +247,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_killed_at_every_file_it_comes_to_the_same_result(make, tmp_path, monkeypatch):
     """Dies once before and once after every file appears under its final name, and continues each time."""
     make(FakeExecutor()).run()

@@ -26,8 +26,8 @@ class FrameOptions(SeedOptions):
     )
     mixing: str = option(
         "none",
-        "where the box in each unlabeled patch comes from: other patches of these kinds; copypaste: a labeled patch, "
-        "of which it gets the inside and the outside of the box in turn",
+        "source of the box that is pasted into each unlabeled patch: other patches of these kinds; copypaste: labeled "
+        "patches, which give the box and its surroundings by turns",
         choices=MIXING,
     )
     box: float = option(

@@ -26,6 +26,9 @@ def schedule_of(trainer: SemiSupervisedTrainer) -> Schedule:
 class Schedule:
     """Unlabeled data take part from the first step to the last, with their whole weight."""
 
+    # The values of a state that hold for one training only.
+    OF_THIS_RUN: tuple[str, ...] = ()
+
     def __init__(self, trainer: SemiSupervisedTrainer):
         self.trainer = trainer
 
@@ -61,9 +64,6 @@ class Schedule:
 
     def load_state(self, state: dict) -> None:
         """Inverse of ``state``. What a training that starts from a finished one's weights has not got is missing."""
-
-    # The values of a state that hold for one training only.
-    OF_THIS_RUN: tuple[str, ...] = ()
 
 
 class RampUp(Schedule):

@@ -147,11 +147,12 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
     def losses(self, data, target):
         unlabeled = self.uses_unlabeled()
         if self.options.unmixed or not unlabeled:
-            yield self.labeled_term(data, target, mixed=self.options.mix_pretraining and not unlabeled)
+            mixed = self.options.mix_pretraining and not unlabeled
+            yield self.labeled_term(data, target, mixed, weight=0.5 if unlabeled else 1.0)
         if unlabeled:
             yield from self.unsupervised_losses(self.next_unlabeled(), data, target)
 
-    def labeled_term(self, data, target, mixed: bool) -> dict[str, Term]:
+    def labeled_term(self, data, target, mixed: bool, weight: float) -> dict[str, Term]:
         """The loss on labeled patches. Mixed, each is the background of one and the cuboid of another."""
         hard, valid = self.labels.without_ignored(full_resolution(target))
         if mixed:
@@ -159,7 +160,6 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
             data, hard, valid = (torch.where(inside, x.roll(shift, 0), x) for x in (data, hard, valid))
         outputs = self.outputs(self.student, data)
         self.schedule.see(outputs, hard, valid=valid)
-        weight = 0.5 if self.uses_unlabeled() else 1.0
         return {"supervised": Term(self.labeled_loss(outputs, hard, valid), weight)}
 
     @torch.no_grad()

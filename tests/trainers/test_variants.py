@@ -1,5 +1,6 @@
 """Settings in the name of trainers that are not of this package, and methods that users write."""
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -115,6 +116,21 @@ def test_a_stock_trainer_killed_while_it_saves_keeps_the_checkpoint_before(make_
     file.unlink()
     trainer.save_checkpoint(str(file))
     assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainer", "nnUNetTrainerMeanTeacher"])
+def test_a_restart_knows_that_the_last_epoch_was_the_best(name, make_trainer):
+    """Or checkpoint_best.pth would be overwritten by the first epoch after it."""
+    trainer = make_trainer(name + SHORT)
+    trainer.initialize()
+    for epoch, dice in enumerate((0.5, 0.9, math.nan)):
+        trainer.logger.log("mean_fg_dice", dice, epoch)
+    trainer._best_ema = 0.5
+    file = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(file)
+    resumed = make_trainer(name + SHORT, continue_training=True)
+    resumed.load_checkpoint(file)
+    assert resumed._best_ema == pytest.approx(0.54)
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainer", "nnUNetTrainerMeanTeacher"])

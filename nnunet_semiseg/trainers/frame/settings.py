@@ -138,3 +138,9 @@ class SettingsFromName(Part):
             os.replace(temporary, filename)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """nnU-Net's, which forgets an epoch that was the best one: it saves checkpoint_latest before it compares."""
+        super().load_checkpoint(filename_or_checkpoint)
+        seen = [value for value in self.logger.get_value("ema_fg_dice", step=None) if math.isfinite(value)]
+        self._best_ema = max(seen, default=self._best_ema)

@@ -14,6 +14,7 @@ in the machine's load falls on all of them.
 * CoraNet's step against Mean Teacher's, relabeling apart; and with its share of a relabeling.
 * EMA update against Mean Teacher's step.
 * A step with the frame's mixing against one without.
+* What two augmentation processes need for the batches of a step against the step: less than 1 where they keep up.
 * Peak memory against stock, as whole processes (one each): added memory is compared with the companions' weights.
 * Inference time of the checkpoint's network against stock's.
 """
@@ -59,7 +60,7 @@ TRAINERS = {
 # The frame's mixing is measured on and off.
 MIXED = {"MeanTeacher": "MeanTeacher_mixing=both_turns=true", "CutMix": "CutMix_mixing=none"}
 TRAINERS |= {setting: TRAINERS[name] for name, setting in MIXED.items()}
-STOCK = f"nnUNetTrainerMeanTeacher{SETTINGS}_consistency_weight=0"
+STOCK = f"nnUNetTrainer{SETTINGS}"
 
 
 def start(args, name):
@@ -91,7 +92,9 @@ def peak_of(args, name):
     trainer = start(args, name)
     for _ in range(4):
         trainer.train_step(next(trainer.dataloader_train))
-    companions = sum(p.numel() * p.element_size() for p in trainer.companions.parameters())
+    companions = 0
+    if name != "stock":
+        companions = sum(p.numel() * p.element_size() for p in trainer.companions.parameters())
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -119,6 +122,7 @@ def main():
     stock, mean_teacher, coranet = (trainers[name] for name in ("stock", "MeanTeacher", "CoraNet"))
     labeled = {name: next(trainer.dataloader_train) for name, trainer in trainers.items()}
     drawn = mean_teacher.draw_unlabeled()
+    loading = {name: loading_time(trainers[name], args) for name in ("MeanTeacher", "CutMix")}
     # A stock step on unlabeled patches: the same work as on labeled ones, whatever the target.
     as_labeled = {**labeled["stock"], "data": drawn["strong"]}
     for trainer in trainers.values():
@@ -185,10 +189,20 @@ def main():
         ),
         ("CutMix step / without mixing", median["CutMix step"] / median[f"{MIXED['CutMix']} step"], 1.02),
     ]
+    rows += [
+        (f"two augmentation processes / {name} step", loading[name] / 2 / median[f"{name} step"], 1.0)
+        for name in loading
+    ]
     rows += inference(args, stock, coranet) + memory(args)
     print("\n| ratio | measured | at most |\n|---|---|---|")
     for name, ratio, limit in rows:
         print(f"| {name} | {ratio:.3f} | {limit or ''} |")
+
+
+def loading_time(trainer, args):
+    """Seconds in which one process makes the labeled and the unlabeled batch of a step."""
+    batches = (lambda: next(trainer.dataloader_train), trainer.draw_unlabeled)
+    return sum(statistics.median(timed(batch, args.device) for _ in range(args.steps)) for batch in batches)
 
 
 def second_passes(name, trainer, batch, data):

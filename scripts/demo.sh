@@ -56,8 +56,7 @@ nnunet_semiseg preprocess -d "$number" -c 2d -p $plans -np 2
 
 fold=$(python "$root/scripts/demo.py" heldout "$nnUNet_raw/$dataset" "$work/$dataset.heldout")
 common=_10epochs_num_iterations_per_epoch=100_num_val_iterations_per_epoch=5_save_every=2_seed=1
-# Mean Teacher with weight 0 is nnU-Net's own training, bit for bit, with the number of steps in its name.
-vanilla=nnUNetTrainerMeanTeacher${common}_consistency_weight=0
+vanilla=nnUNetTrainer${common}
 # So few steps are not enough for the heads if the network does not learn from them in full.
 coranet=nnUNetTrainerCoraNet${common}_head_gradient=1
 for trainer in $vanilla $coranet; do

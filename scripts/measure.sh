@@ -3,8 +3,8 @@
 #
 #   scripts/measure.sh DATASET CONFIGURATION PLANS COMMON_SETTINGS TRAINER[:OWN_SETTINGS] ...
 #
-# e.g. scripts/measure.sh 501 2d nnUNetPlans_cpu _10epochs_seed=1 MeanTeacher:_consistency_weight=0 MeanTeacher CoraNet
-# MeanTeacher with weight 0 is nnU-Net's own training, bit for bit. Finished runs are kept, a killed one continues.
+# e.g. scripts/measure.sh 501 2d nnUNetPlans_cpu _10epochs_seed=1 vanilla MeanTeacher CoraNet
+# vanilla is nnU-Net's own trainer. Finished runs are kept, a killed one continues.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 dataset=$1 configuration=$2 plans=$3 common=$4
@@ -13,7 +13,8 @@ device=${DEVICE:-cpu}
 folders=()
 name=$(cd "$nnUNet_preprocessed" && ls -d Dataset"$(printf %03d "$dataset")"_*)
 for spec in "$@"; do
-    trainer=nnUNetTrainer${spec%%:*}$common
+    trainer=${spec%%:*}
+    trainer=nnUNetTrainer${trainer#vanilla}$common
     [[ $spec == *:* ]] && trainer+=${spec#*:}
     folder=$nnUNet_results/$name/${trainer}__${plans}__$configuration
     folders+=("$folder")

@@ -571,6 +571,7 @@ def test_a_caller_killed_within_sbatch_loses_no_job(slurm, tmp_path, monkeypatch
     assert [number for number, _ in queue()] == numbers
 
 
+@pytest.mark.slow
 def test_slurm_jobs_that_run_out_of_time_are_tried_again(slow_call):
     caller, folder = slow_call
     code = caller.wait(PATIENCE)
@@ -580,6 +581,7 @@ def test_slurm_jobs_that_run_out_of_time_are_tried_again(slow_call):
     assert (folder / "logs" / "slow.log").read_text().count(HEADER) == 2
 
 
+@pytest.mark.slow
 def test_rounds_run_through_slurm(single_machine, prepared, tmp_path, monkeypatch):
     """Arrays of two trainings and of two parts of a prediction, with stock nnU-Net in them."""
     from pseudo_label import cli

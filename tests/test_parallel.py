@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from test_executors import is_alive
 
 # A module of its own, so that spawned workers can import the function.
@@ -23,6 +24,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_caller_that_is_killed(tmp_path):
     script = tmp_path / "work.py"
     script.write_text(WORK)

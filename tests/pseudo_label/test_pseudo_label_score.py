@@ -418,6 +418,7 @@ def test_command_writes_maps_tables_and_cases(members, tmp_path, work, capsys):
     assert mean(details["members"].values()) == pytest.approx(details["score"])
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_processes(members, tmp_path):
     contents = []
     for processes in (1, 2):

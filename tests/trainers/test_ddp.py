@@ -100,6 +100,7 @@ def on_two_ranks(worker, *arguments):
         assert process.returncode == 0, output[-3000:]
 
 
+@pytest.mark.slow
 def test_dice_over_the_batch_is_one_over_all_ranks(tmp_path):
     logits, hard = torch.randn(4, 3, 5, 6, requires_grad=True), torch.randint(0, 3, (4, 1, 5, 6))
     weight = torch.rand(4, 1, 5, 6)

@@ -26,6 +26,7 @@ from nnunet_semiseg.benchmark.records import (
 from nnunet_semiseg.files import read_json, write_csv
 from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.networks.second import second_plans
+from nnunet_semiseg.trainers.frame.hooks import TEACHERS
 from nnunet_semiseg.trainers.frame.settings import LOG_KEY, PEAK_MEMORY
 from nnunet_semiseg.trainers.registry import find_trainer
 
@@ -107,11 +108,12 @@ class Scorer:
         """Yield name, weights and plans of every network in it that segments."""
         state = checkpoint.get(checkpoints.STATE_KEY, {"companions": {}})
         yield "student", state.get("student", checkpoint["network_weights"]), self.plans
-        for name, prefix in (("teacher", "teacher.module."), ("second", "second.")):
+        prefixes = {name: f"{name}.module." for name in TEACHERS} | {"second": "second."}
+        for name, prefix in prefixes.items():
             companions = state["companions"].items()
             weights = {key.removeprefix(prefix): value for key, value in companions if key.startswith(prefix)}
             if weights:
-                architecture = state["options"]["second_network"] if name == "second" else "same"
+                architecture = state["options"]["second_network"] if name.startswith("second") else "same"
                 yield name, weights, second_plans(self.plans, self.configuration, architecture)
 
     def dice(self, weights: dict, plans: dict) -> dict[str, float]:

@@ -19,14 +19,14 @@ DROPOUT = 0.5
 
 Labeled = tuple[torch.Tensor, torch.Tensor]
 
-# Each function takes CoraNet's trainer and (B, channels, *) patches, and returns the hard labels and a (B, 1, *) bool
-# mask of those that are certain.
+# Each function takes CoraNet's trainer and (B, channels, *) patches, and returns (B, C, *) probabilities and a
+# (B, 1, *) bool mask of the voxels whose label is certain.
 
 
 def by_cost(trainer: nnUNetTrainerCoraNet, data: torch.Tensor) -> Labeled:
     """Both cost-sensitive heads decide alike."""
-    hard, heads = trainer.label_and_heads(data)
-    return hard, agreement(heads["conservative"], heads["radical"])
+    probabilities, heads = trainer.probabilities_and_heads(data)
+    return probabilities, agreement(heads["conservative"], heads["radical"])
 
 
 def by_test_time_augmentation(trainer: nnUNetTrainerCoraNet, data: torch.Tensor) -> Labeled:
@@ -36,7 +36,7 @@ def by_test_time_augmentation(trainer: nnUNetTrainerCoraNet, data: torch.Tensor)
         with trainer.random_stream:
             axes = [axis + 2 for axis in trainer.inference_allowed_mirroring_axes or () if torch.rand(()) < 0.5]
             zoom = float(torch.empty(()).uniform_(0.8, 1.1)) if data.ndim == 4 else 1.0
-        p = trainer.labels.probabilities(trainer.logits(trainer.student, zoomed(data.flip(axes), zoom)))
+        p = trainer.labels.probabilities(trainer.logits(trainer.labeling, zoomed(data.flip(axes), zoom)))
         probabilities = probabilities + zoomed(p, 1 / zoom).flip(axes)
     return _by_mean(trainer, probabilities / trainer.options.passes)
 
@@ -52,15 +52,12 @@ def by_dropout(trainer: nnUNetTrainerCoraNet, data: torch.Tensor) -> Labeled:
 
 def by_deviation(trainer: nnUNetTrainerCoraNet, data: torch.Tensor) -> Labeled:
     """A head predicts a small standard deviation of the logits."""
-    hard, heads = trainer.label_and_heads(data)
-    return hard, small_deviation(F.softplus(heads["deviation"].float()), CERTAIN_DEVIATION)
+    probabilities, heads = trainer.probabilities_and_heads(data)
+    return probabilities, small_deviation(F.softplus(heads["deviation"].float()), CERTAIN_DEVIATION)
 
 
 def _by_mean(trainer: nnUNetTrainerCoraNet, probabilities: torch.Tensor) -> Labeled:
-    labels = trainer.labels
-    # LabelAdapter.hard reads logits; for a mean of sigmoids the threshold is 0.5.
-    hard = labels.hard(probabilities - 0.5 if labels.has_regions else probabilities)
-    return hard, labels.confidence(probabilities) > CERTAIN_CONFIDENCE
+    return probabilities, trainer.labels.confidence(probabilities) > CERTAIN_CONFIDENCE
 
 
 # By the values of the option ``uncertainty``.

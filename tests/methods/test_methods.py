@@ -290,10 +290,10 @@ def test_switched_off_the_student_trains_as_in_stock_nnunet(started, vanilla, me
     assert torch.equal(train(method), vanilla[where])
 
 
-def predict(folder: Path, image: np.ndarray) -> np.ndarray:
+def predict(folder: Path, image: np.ndarray, folds: tuple[int, ...] = (0,)) -> np.ndarray:
     """What nnU-Net's own predictor makes of a model folder."""
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=False)
-    predictor.initialize_from_trained_model_folder(str(folder), use_folds=(0,))
+    predictor.initialize_from_trained_model_folder(str(folder), use_folds=folds)
     return predictor.predict_single_npy_array(image[None], {"spacing": [1.0, 1.0, 1.0]}, None, None, True)
 
 
@@ -328,14 +328,21 @@ def test_train_predict_export(prepared, work, tmp_path, monkeypatch, name, kind,
     assert cli.main(["export", "-i", str(model), "-o", str(exported)]) == 0
     assert np.array_equal(predict(exported, image)[1], probabilities)
 
-    second = dataset / f"{trainer}_second__nnUNetPlans_cpu__{configuration}"
-    if "setting=distance" in name:
-        # The network of the plans was not trained.
-        assert not second.exists()
-    elif find_trainer(name).has_second_network():
-        assert np.isfinite(predict(second, image)[1]).all()
-        assert not np.array_equal(predict(second, image)[1], probabilities)
-        shutil.rmtree(second)
+    own = dataset / f"{trainer}_second__nnUNetPlans_cpu__{configuration}"
+    has_second = find_trainer(name).has_second_network() and "setting=distance" not in name
+    # DualStream's has another architecture; with setting=distance, the network of the plans was not trained.
+    assert own.exists() == (has_second and "DualStream" in name)
+    assert (model / "fold_100").exists() == (exported / "fold_100").exists() == (has_second and not own.exists())
+    if has_second:
+        second = predict(own, image)[1] if own.exists() else predict(model, image, (100,))[1]
+        assert np.isfinite(second).all() and not np.array_equal(second, probabilities)
+        if own.exists():
+            shutil.rmtree(own)
+        elif kind == "labels":
+            # nnU-Net averages the folds' logits.
+            mean = np.sqrt(probabilities * second)
+            both = predict(exported, image, (0, 100))[1]
+            np.testing.assert_allclose(both, mean / mean.sum(0), atol=0.005)
     shutil.rmtree(model)
 
 

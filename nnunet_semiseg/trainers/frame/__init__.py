@@ -4,7 +4,7 @@ A method subclasses SemiSupervisedTrainer and states an ``Options`` dataclass, w
 how targets are made (``targets``); and how the student is held to them (``student_losses``).
 """
 
-from nnunet_semiseg.trainers.frame.hooks import BOTH, SECOND, STUDENT, Paper, Term, Unlabeled, Voxels
+from nnunet_semiseg.trainers.frame.hooks import BOTH, SECOND, STUDENT, Network, Paper, Term, Unlabeled, Voxels
 from nnunet_semiseg.trainers.frame.options import (
     MIXING,
     WHOLE_RUN,
@@ -25,6 +25,7 @@ __all__ = [
     "STUDENT",
     "WHOLE_RUN",
     "FrameOptions",
+    "Network",
     "Paper",
     "PretrainingOptions",
     "PseudoLabelOptions",

@@ -27,6 +27,8 @@ class Term(NamedTuple):
 
 # What a term trains.
 STUDENT, SECOND, BOTH = ("student",), ("second",), ("student", "second")
+# The moving averages of the students, in their order.
+TEACHERS = ("teacher", "second_teacher")
 
 
 class Paper(NamedTuple):
@@ -186,13 +188,13 @@ class MethodHooks(Part):
 
     def start_phase_2(self) -> None:
         """Called once, before the first step with unlabeled data, by the schedule of PretrainingOptions."""
-        if self.teacher is not None and self.teacher_starts_pretrained:
-            self.teacher.copy_from(self.network)
+        if self.teacher_starts_pretrained:
+            self._teachers_start()
 
     def after_step(self) -> None:
         """Called after every optimizer step, also one that the gradient scaler of mixed precision left out."""
-        if self.teacher is not None:
-            self.teacher.update(self.student)
+        for teacher, student in zip(self.teachers, cast(tuple[nn.Module, ...], self.students)):
+            teacher.update(student)
 
     def target_transforms(self) -> list:
         """Transforms that follow nnU-Net's own on labeled training patches, and never run on unlabeled ones."""
@@ -204,10 +206,14 @@ class MethodHooks(Part):
 
     def take_pretrained_weights(self) -> None:
         """Called at the start of a training whose network has got weights by nnU-Net's ``-pretrained_weights``."""
-        if self.teacher is not None:
-            self.teacher.copy_from(self.network)
         if self.has_second_network():
             self._second.take_pretrained_weights(self.network)
+        self._teachers_start()
+
+    def _teachers_start(self) -> None:
+        """As copies of their students."""
+        for teacher, student in zip(self.teachers, cast(tuple[nn.Module, ...], self.students)):
+            teacher.copy_from(student)
 
     def method_state(self) -> dict:
         """What a method has to remember over a restart beside its companions; plain Python values.
@@ -252,20 +258,24 @@ class MethodHooks(Part):
         return (self.student,) if self.second is None else (self.student, self.second)
 
     @property
+    def teachers(self) -> tuple[EMATeacher, ...]:
+        """The moving averages of ``students``, in their order, if the method asks for them with TeacherOptions."""
+        companions = dict(self.companions)
+        return tuple(cast(EMATeacher, companions[name]) for name in TEACHERS if name in companions)
+
+    @property
     def teacher(self) -> EMATeacher | None:
-        """The moving average of the student, if the method asks for one with TeacherOptions."""
-        return cast("EMATeacher | None", dict(self.companions).get("teacher"))
+        """The moving average of the student, or None."""
+        return self.teachers[0] if self.teachers else None
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that segment, each with the plans' outputs: ``student``, and ``teacher`` or ``second``."""
-        companions = dict(self.companions)
-        networks = {"student": self.network}
-        if "teacher" in companions:
-            networks["teacher"] = companions["teacher"].module
-        if "second" in companions:
-            networks["second"] = companions["second"]
-        return networks
+        """The networks that segment: ``student``, ``teacher``, ``second`` and ``second_teacher``, as far as there are.
+
+        Each has the outputs of its plans.
+        """
+        second = {} if self.second is None else {"second": self._second.module}
+        return {"student": self.network, **second, **{name: t.module for name, t in zip(TEACHERS, self.teachers)}}
 
     def predicting_network(self) -> nn.Module:
         return self.networks[self.predicting()]

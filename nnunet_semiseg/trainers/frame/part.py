@@ -37,6 +37,8 @@ if TYPE_CHECKING:
         trained_on: set[str]
         absent_classes: set[str]
         foreground_locations: dict[str, dict[int, np.ndarray]]
+        # nnU-Net's own.
+        _best_ema: float | None
         _epoch_sums: dict[str, list[float]]
         _step_monitors: dict[str, torch.Tensor]
         _unlabeled_keys: list[str]

@@ -17,16 +17,24 @@ from nnunet_semiseg.networks.second import second_plans
 if TYPE_CHECKING:
     from nnunet_semiseg.trainers.frame.trainer import SemiSupervisedTrainer
 
-# What the trainer's name gets in the name of the second network's model folder.
+# What the trainer's name gets in the name of the model folder of a second network with plans of its own.
 SUFFIX = "_second"
+# The second network of fold 0 is fold 100 of the same model folder.
+SECOND_FOLDS = 100
+
+
+def second_fold(fold: int | str) -> int:
+    """The fold as which nnU-Net finds the second network of a training of ``fold``; 99 for "all"."""
+    return SECOND_FOLDS - 1 if fold == "all" else SECOND_FOLDS + int(fold)
 
 
 class SecondNetwork:
     """B beside the plans' network A; both are trained by one optimizer.
 
-    A is what the checkpoint holds and ``nnUNetv2_predict`` runs. At the end of training, B is written as a plain
-    nnU-Net model folder of its own, ``<Trainer>_second__<Plans>__<Configuration>``, so that
-    ``nnUNetv2_predict -tr <Trainer>_second`` runs B and ``nnUNetv2_ensemble`` averages the two.
+    A is what the checkpoint holds and ``nnUNetv2_predict -f 0`` runs. At the end of training, B, or its teacher if the
+    teacher predicts, is written as another fold of the same model folder (``second_fold``), so that
+    ``nnUNetv2_predict -f 0 100`` averages the two. With another architecture, it is a plain nnU-Net model folder of its
+    own, ``<Trainer>_second__<Plans>__<Configuration>``, and ``nnUNetv2_ensemble`` averages the two.
 
     Args:
         trainer: Whose options name B's architecture; B is initialized by nnU-Net with other random numbers than A.
@@ -60,23 +68,35 @@ class SecondNetwork:
         self.trainer.print_to_log_file("-pretrained_weights: both networks start from them")
 
     @property
+    def has_own_plans(self) -> bool:
+        return self.plans != self.trainer.plans_manager.plans
+
+    @property
     def folder(self) -> Path:
         """B's fold folder."""
         fold = Path(self.trainer.output_folder)
+        if not self.has_own_plans:
+            return fold.with_name(f"fold_{second_fold(self.trainer.fold)}")
         name, *rest = fold.parent.name.split("__")
         return fold.parent.with_name("__".join([name + SUFFIX, *rest])) / fold.name
 
     def write(self) -> None:
-        """B as a plain model folder."""
+        """B as another fold, or as a plain model folder."""
         trainer, folder = self.trainer, self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        model = Path(trainer.output_folder).parent
-        save_json(self.plans, str(folder.parent / "plans.json"), sort_keys=False)
-        for name in ("dataset.json", "dataset_fingerprint.json"):
-            if (model / name).is_file():
-                shutil.copyfile(model / name, folder.parent / name)
+        if self.has_own_plans:
+            model = Path(trainer.output_folder).parent
+            save_json(self.plans, str(folder.parent / "plans.json"), sort_keys=False)
+            for name in ("dataset.json", "dataset_fingerprint.json"):
+                if (model / name).is_file():
+                    shutil.copyfile(model / name, folder.parent / name)
+        predicting = trainer.networks["second_teacher" if trainer.predicting() == "teacher" else "second"]
         checkpoint = checkpoints.plain(
-            self.module.state_dict(), trainer.inference_allowed_mirroring_axes, trainer.configuration_name
+            predicting.state_dict(), trainer.inference_allowed_mirroring_axes, trainer.configuration_name
         )
         checkpoints.write(checkpoint, folder / "checkpoint_final.pth")
-        trainer.print_to_log_file(f"The second network is a model of its own: {folder.parent}")
+        trainer.print_to_log_file(
+            f"The second network is a model of its own: {folder.parent}"
+            if self.has_own_plans
+            else f"Both networks together: nnUNetv2_predict -f {trainer.fold} {second_fold(trainer.fold)}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from nnunet_semiseg.labels import LabelAdapter
 from nnunet_semiseg.networks.ema import EMATeacher
 from nnunet_semiseg.trainers.frame.checkpointing import PREVIOUS, Checkpointing
 from nnunet_semiseg.trainers.frame.foreground import ForegroundSampling
-from nnunet_semiseg.trainers.frame.hooks import MethodHooks
+from nnunet_semiseg.trainers.frame.hooks import TEACHERS, MethodHooks
 from nnunet_semiseg.trainers.frame.mixing import Mixing
 from nnunet_semiseg.trainers.frame.monitoring import Monitoring
 from nnunet_semiseg.trainers.frame.options import PseudoLabelOptions, TeacherOptions
@@ -99,9 +100,10 @@ class SemiSupervisedTrainer(
                 self.companions["second"] = self._second.module
                 self.second = self.compiled(self._second.module)
             if isinstance(self.options, TeacherOptions) and (self.needs_unlabeled() or self.predicting() == "teacher"):
-                teacher = EMATeacher(self.network, self.options.ema_decay, warm_up=not self.teacher_starts_pretrained)
-                teacher.compile_with(self.compiled)
-                self.companions["teacher"] = teacher
+                for name, student in zip(TEACHERS, cast(tuple[nn.Module, ...], self.students)):
+                    teacher = EMATeacher(student, self.options.ema_decay, warm_up=not self.teacher_starts_pretrained)
+                    teacher.compile_with(self.compiled)
+                    self.companions[name] = teacher
             if isinstance(self.options, PseudoLabelOptions):
                 self.pseudo_label_loss = self.segmentation_loss()
             self.companions.update(self.build_companions())

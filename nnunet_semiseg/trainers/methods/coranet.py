@@ -18,12 +18,14 @@ from nnunet_semiseg.networks.features import check_is_unet, forward_with_feature
 from nnunet_semiseg.networks.heads import FeatureHead
 from nnunet_semiseg.trainers.certainty import DROPOUT, LABEL_BY
 from nnunet_semiseg.trainers.frame import (
+    MIXING,
     STUDENT,
     Paper,
     PretrainingOptions,
     SemiSupervisedTrainer,
     TeacherOptions,
     Term,
+    Unlabeled,
     Voxels,
 )
 from nnunet_semiseg.trainers.options import option
@@ -41,6 +43,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class CoraNetOptions(TeacherOptions, PretrainingOptions):
+    pretraining: float = option(0.1, "share of the run that trains on labeled data only", low=0.0, high=1.0)
+    ramp_up: float = option(0.1, "share of the run over which the weights rise, after pretraining", low=0.0, high=1.0)
+    mixing: str = option("both", "the box's origin", choices=MIXING)
+    strong_view: str = option("strong", "intensities of the student's view", choices=("none", "nnunet", "strong"))
+    predict_with: str = option("teacher", "the network that predicts", choices=("student", "teacher"))
     preset: str = option(
         "default",
         "paper: the printed settings; code: those of the published code",
@@ -65,19 +72,24 @@ class CoraNetOptions(TeacherOptions, PretrainingOptions):
     cost_dice: float = option(
         1.0, "weight of cost-sensitive Dice beside the heads' cross-entropy", low=0.0, ablation=True
     )
-    certain_weight: float = option(0.3, "largest weight of self-training on the certain region", low=0.0)
+    certain_weight: float = option(1.0, "largest weight of self-training on the certain region", low=0.0)
     pseudo_dice: float = option(
         1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0, ablation=True
     )
-    consistency_weight: float = option(0.3, "largest weight of the consistency on the uncertain region", low=0.0)
+    consistency_weight: float = option(1.0, "largest weight of the consistency on the uncertain region", low=0.0)
     all_heads: bool = option(False, "self-training and consistency on the two cost heads as well", ablation=True)
-    relabel_every: int = option(50, "steps between two relabelings; also at the start of an epoch", low=1)
-    label_reuse: int = option(5, "steps that train on a labeled patch before it is replaced", low=1)
-    deep_pseudo: bool = option(False, "self-training at every resolution that nnU-Net supervises")
+    relabel_every: int = option(
+        0, "steps between two relabelings by the student; 0: the teacher labels each step's patches", low=0
+    )
+    label_reuse: int = option(5, "with relabel_every, steps that train on a patch before it is replaced", low=1)
+    deep_pseudo: bool = option(True, "self-training at every resolution that nnU-Net supervises")
 
 
+# As they are published: the student labels, without mixing.
+_PUBLISHED = dict(mixing="none", strong_view="nnunet", predict_with="student", deep_pseudo=False, relabel_every=50)
 CoraNetOptions.PRESETS = {
     "paper": dict(
+        **_PUBLISHED,
         pretraining=0.23,
         min_recall=0.0,
         head_gradient=1.0,
@@ -91,6 +103,7 @@ CoraNetOptions.PRESETS = {
     # The code divides the supervised and the certain sum by 4 but not the consistency, and adds the unlabeled half
     # with 0.5; here, nothing is divided.
     "code": dict(
+        **_PUBLISHED,
         pretraining=0.23,
         min_recall=0.0,
         head_gradient=1.0,
@@ -186,13 +199,17 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         }
         if heads:
             companions["heads"] = nn.ModuleDict(heads)
-        if self._trains_all_heads:
+        if heads and self.needs_unlabeled() and (self._trains_all_heads or self._labels_afresh):
             companions["teacher_heads"] = EMATeacher(companions["heads"], self.options.ema_decay, warm_up=False)
         return companions
 
     @property
     def _trains_all_heads(self) -> bool:
         return self.options.all_heads and self.options.uncertainty == "cost"
+
+    @property
+    def _labels_afresh(self) -> bool:
+        return self.options.relabel_every == 0
 
     @property
     def _dropout(self) -> float:
@@ -214,7 +231,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         """Algorithm 1, line 3: the teacher starts from the pretrained student."""
         super().start_phase_2()
         self._pool = []
-        if self._trains_all_heads:
+        if "teacher_heads" in self.companions:
             self.companions["teacher_heads"].copy_from(self.companions["heads"])
 
     def on_train_epoch_start(self):
@@ -223,7 +240,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
 
     def after_step(self):
         super().after_step()
-        if self._trains_all_heads:
+        if "teacher_heads" in self.companions:
             self.companions["teacher_heads"].update(self.companions["heads"])
 
     # ------------------------------------------------------------------------------------------------------- CRM, Eq. 1
@@ -278,8 +295,10 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     # --------------------------------------------------------------------------------------- pseudo labels, Eqs. 2 to 6
 
     def next_unlabeled(self):
-        """A patch with its pseudo label and mask, from the pool that the last relabeling filled."""
+        """A patch; with ``relabel_every``, one of the pool that the last relabeling filled, with its pseudo label."""
         o = self.options
+        if self._labels_afresh:
+            return super().next_unlabeled()
         step = self.global_step - self.current_epoch * self.num_iterations_per_epoch
         # Counted from the start of the epoch, so that a run which resumes there has the same pool.
         since = step % o.relabel_every
@@ -294,33 +313,50 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     @torch.no_grad()
     def _labeled_batch(self) -> dict:
         batch = self.draw_unlabeled()
-        hard, certain = LABEL_BY[self.options.uncertainty](self, self.to_device(batch["weak"]))
+        probabilities, certain = LABEL_BY[self.options.uncertainty](self, self.to_device(batch["weak"]))
+        hard = self._hard(probabilities)
         hard = hard if self.labels.has_regions else hard.to(torch.int16)
         return {**batch, "hard": hard.cpu(), "certain": certain.cpu()}
 
-    def label_and_heads(self, data: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The student's hard prediction, and the (B, K, *) logits of each head."""
+    def _hard(self, probabilities: torch.Tensor) -> torch.Tensor:
+        # LabelAdapter.hard reads logits; for sigmoids the threshold is 0.5.
+        return self.labels.hard(probabilities - 0.5 if self.labels.has_regions else probabilities)
+
+    @property
+    def labeling(self) -> nn.Module:
+        """The network that labels."""
+        return self.networks["teacher"] if self._labels_afresh else unwrap(self.network)
+
+    def probabilities_and_heads(self, data: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(B, C, *) probabilities of the network that labels, and the (B, K, *) logits of each of its heads."""
         with self.autocast():
-            outputs, features = self._forward(unwrap(self.network), data)
-            return self.labels.hard(full_resolution(outputs)), self._run_heads(features)
+            outputs, features = self._forward(self.labeling, data)
+            heads = self._run_heads(features, "teacher_heads" if self._labels_afresh else "heads")
+        return self.labels.probabilities(full_resolution(outputs)), heads
 
     def probabilities_with_dropout(self, data: torch.Tensor) -> torch.Tensor:
-        """(B, C, *) of one pass of the student."""
+        """(B, C, *) of one pass of the network that labels."""
         with self.autocast():
-            outputs, _ = self._forward(unwrap(self.network), data, DROPOUT)
+            outputs, _ = self._forward(self.labeling, data, DROPOUT)
         return self.labels.probabilities(full_resolution(outputs))
 
     # --------------------------------------------------------------------------------------- C-SN and UC-SN, Eqs. 7, 8
 
     @torch.no_grad()
-    def targets(self, unlabeled: Relabeled) -> Voxels:  # type: ignore[override] # as next_unlabeled returns it
-        certain = unlabeled.certain
+    def targets(self, unlabeled: Unlabeled | Relabeled) -> Voxels:
+        followed = {}
+        if isinstance(unlabeled, Relabeled):
+            hard, certain = unlabeled.hard, unlabeled.certain
+        else:
+            followed["main"], certain = LABEL_BY[self.options.uncertainty](self, unlabeled.weak)
+            hard = self._hard(followed["main"])
         self.monitor("certain_voxels", certain.float().mean())
-        self.monitor("pseudo_foreground", self.labels.is_foreground(unlabeled.hard).float().mean())
-        targets = {"hard": unlabeled.hard, "certain": certain, "known": torch.ones_like(certain)}
-        if self._regions[1] is not None:
-            targets |= self._followed(unlabeled.weak)
-        return targets
+        self.monitor("pseudo_foreground", self.labels.is_foreground(hard).float().mean())
+        if self._regions[1] is None:
+            followed = {}
+        elif not followed or self._trains_all_heads:
+            followed = self._followed(unlabeled.weak)
+        return {"hard": hard, "certain": certain, "known": torch.ones_like(certain), **followed}
 
     def _followed(self, weak: torch.Tensor) -> dict[str, torch.Tensor]:
         """Probabilities of the teacher, and with ``all_heads`` those of its two heads."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from nnunet_semiseg.trainers.cross_labels import CrossLabels
 from nnunet_semiseg.trainers.frame import (
     SECOND,
     STUDENT,
@@ -13,8 +12,6 @@ from nnunet_semiseg.trainers.frame import (
     PretrainingOptions,
     PseudoLabelOptions,
     SecondNetworkOptions,
-    SemiSupervisedTrainer,
-    Term,
 )
 from nnunet_semiseg.trainers.options import option
 
@@ -43,7 +40,7 @@ _PAPER = dict(
 CPSOptions.PRESETS = {"paper": _PAPER, "code": dict(_PAPER, pseudo_weight=0.1)}
 
 
-class nnUNetTrainerCPS(SemiSupervisedTrainer):
+class nnUNetTrainerCPS(CrossLabels):
     """Cross pseudo supervision: two networks, each learns from the other's argmax on unlabeled patches.
 
     L = L_nnU-Net(A) + L_nnU-Net(B) + w(t) [l(A(x), argmax B(x)) + l(B(x), argmax A(x))]
@@ -88,32 +85,3 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
             ce_weight=float(part != "dice"), dice_weight=float(part != "ce")
         )
         return {}
-
-    def pseudo_weight(self) -> float:
-        """w(t)."""
-        return self.options.pseudo_weight * self.ramp()
-
-    @torch.no_grad()
-    def targets(self, unlabeled):
-        first, second = (self.logits(network, unlabeled.weak) for network in self.students)
-        hard_first, hard_second = self.labels.hard(first), self.labels.hard(second)
-        self.monitor("disagreement", self.labels.differ(hard_first, hard_second).float().mean())
-        return {
-            "hard_first": hard_first,
-            "hard_second": hard_second,
-            "weight_first": self.confidence_weight(first),
-            "weight_second": self.confidence_weight(second),
-        }
-
-    def targets_of_labels(self, hard, valid):
-        return {"hard_first": hard, "hard_second": hard, "weight_first": valid, "weight_second": valid}
-
-    def student_losses(self, image, hard_first, hard_second, weight_first, weight_second):
-        """A group for each network, so that one graph is in memory at a time."""
-        first, second = self.students
-        for name, network, hard, weight in (
-            ("cross_first", first, hard_second, weight_second),
-            ("cross_second", second, hard_first, weight_first),
-        ):
-            loss = self.pseudo_label_loss(self.outputs(network, image), hard, weight)
-            yield {name: Term(loss, self.pseudo_weight())}

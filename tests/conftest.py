@@ -206,7 +206,7 @@ UNLABELED_TERMS = {term for trainer in TRAINERS.values() for term in trainer.ter
 }
 
 TWO_PHASES = "_pretraining=0_min_recall=0"
-CHEAP = {"nnUNetTrainerCoraNet": "_relabel_every=2", "nnUNetTrainerUAMT": "_passes=2"}
+CHEAP = {"nnUNetTrainerUAMT": "_passes=2"}
 
 
 def from_start(name):
@@ -217,6 +217,12 @@ def from_start(name):
 
 def short(name):
     return from_start(name) + SHORT
+
+
+def perturb(module, amount=0.05):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(amount * torch.randn_like(parameter))
 
 
 SHORT = "_2epochs_num_iterations_per_epoch=3_num_val_iterations_per_epoch=1_save_every=1_seed=7"

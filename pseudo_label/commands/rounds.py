@@ -44,9 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--repeat-real",
         type=int,
-        default=1,
         metavar="N",
-        help="draw a labeled case N times as often as a pseudo-labeled one (default %(default)s)",
+        help="draw a labeled case N times as often as a pseudo-labeled one (default: so that they are a third)",
+    )
+    training.add_argument(
+        "--relabel",
+        action="store_true",
+        help="predict and select all cases anew in each round",
     )
     training.add_argument(
         "--dataset-ids", type=int, nargs="+", default=[], metavar="ID", help="dataset ids, one for each round"
@@ -103,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
         per_slice=args.per_slice,
         min_agreement=args.min_agreement,
         finetune=args.finetune,
+        relabel=args.relabel,
         repeat_real=args.repeat_real,
         max_drop=args.max_drop,
         allow_drift=args.allow_drift,

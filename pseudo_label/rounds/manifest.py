@@ -54,7 +54,8 @@ class Manifest:
         changed = [
             f"{name} {json.dumps(before.get(name))}, not {json.dumps(now.get(name))}"
             for name in {**before, **now}
-            if before.get(name) != now.get(name) and name not in MAY_CHANGE
+            # An option that is newer than the manifest may be missing there, if it is not used now.
+            if before.get(name, False if now.get(name) is False else None) != now.get(name) and name not in MAY_CHANGE
         ]
         if changed:
             raise ValueError(

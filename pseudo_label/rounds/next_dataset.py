@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -34,7 +35,7 @@ def next_dataset(current: Round) -> NextDataset:
     """The dataset that a round makes, as far as the manifest knows it."""
     setup = current.setup
     pseudo, provenance = {}, {}
-    for number in range(1, current.number + 1):
+    for number in [current.number] if setup.settings.relabel else range(1, current.number + 1):
         earlier = current.earlier(number)
         accepted = earlier.record.get("accepted", [])
         scores = read_scores(earlier.folder.scores) if accepted else {}
@@ -56,7 +57,7 @@ class NextDataset:
         setup: The plans, fingerprint and labels of the dataset of round 0 count.
         previous: The dataset of the round before, whose preprocessed cases are linked.
         name: ``Dataset504_Name``.
-        pseudo: {case: label map} of all accepted cases, of this and earlier rounds.
+        pseudo: {case: label map} of all accepted cases, of this and earlier rounds; with ``relabel``, of this one.
         provenance: {case: what dataset.json tells about its pseudo label}.
     """
 
@@ -136,8 +137,9 @@ class NextDataset:
         if self.previous.name != first.name or not adds_ignore:
             # Otherwise they are preprocessed: with an ignore label nnU-Net wants to know where annotated voxels are.
             _link_stored(before, stored, cases.labeled)
-        if self.previous.name != first.name:
-            # What the first dataset has under these names are the labels that its fold hides.
+        if self.previous.name != first.name and not s.relabel:
+            # What the first dataset has under these names are the labels that its fold hides; with ``relabel``, what
+            # the round before has are labels of its own.
             _link_stored(before, stored, self.pseudo)
         _link_stored(store_folder(before), store_folder(stored), self.remaining)
         images = {case: files for case, (files, _) in cases.labeled.items()}
@@ -151,11 +153,13 @@ class NextDataset:
 
     def _splits(self) -> list[dict]:
         """The folds of round 0 with more training cases; a fold that no member has is the first one that one has."""
-        folds, repeat_real = self.setup.cases.folds, self.setup.settings.repeat_real
+        folds = self.setup.cases.folds
         splits = []
         for fold in range(max(folds) + 1):
             of = folds.get(fold) or next(iter(folds.values()))
-            splits.append({"train": of["train"] * repeat_real + sorted(self.pseudo), "val": of["val"]})
+            for_a_third = max(1, math.ceil(len(self.pseudo) / (2 * len(of["train"]))))
+            real = of["train"] * (self.setup.settings.repeat_real or for_a_third)
+            splits.append({"train": real + sorted(self.pseudo), "val": of["val"]})
         return splits
 
 

@@ -71,7 +71,9 @@ class RoundsSettings:
         dataset_ids: Of the rounds' datasets; empty for free ones.
         min_agreement: Voxels with less agreement become the ignore label; 0 for none.
         finetune: A round starts from all weights of the one before, rather than anew.
-        repeat_real: How often a labeled case counts as one with a pseudo label.
+        relabel: Each round predicts and selects all cases anew, those with a pseudo label of an earlier one as well.
+        repeat_real: How often a labeled case counts as one with a pseudo label; None: so often that a third of what
+            is drawn is labeled.
         max_drop: By how much the members' mean validation Dice may fall from a round to the next.
         allow_drift: Go on although a class has drifted or is gone.
         annotate: How many cases to propose for annotation in each round.
@@ -89,7 +91,8 @@ class RoundsSettings:
     per_slice: bool = False
     min_agreement: float = 0.0
     finetune: bool = False
-    repeat_real: int = 1
+    relabel: bool = False
+    repeat_real: int | None = None
     max_drop: float = 0.0
     allow_drift: bool = False
     annotate: int = 5
@@ -113,5 +116,5 @@ class RoundsSettings:
         """Raises ValueError, naming the number, if one is too small."""
         lowest = {"rounds": (self.rounds, 1), "repeat_real": (self.repeat_real, 1), "annotate": (self.annotate, 0)}
         for name, (value, least) in lowest.items():
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name} is {value}. Use {least} or more")

@@ -65,7 +65,7 @@ def _worse_or_nothing_left(current: Round) -> str | None:
             f"The members' mean validation Dice fell from {before:.4f} to {now:.4f} in round {current.number}: the "
             f"models of round {current.number - 1} are the better ones"
         )
-    if current.record["remaining"] == 0:
+    if current.record["remaining"] == 0 and not current.setup.settings.relabel:
         return f"Every case has a pseudo label after round {current.number}"
     return None
 

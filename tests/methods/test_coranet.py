@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, five_stages, train_steps
+from conftest import SHORT, five_stages, perturb, train_steps
 
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
@@ -11,7 +11,8 @@ from nnunet_semiseg.trainers.certainty import by_test_time_augmentation, zoomed
 from nnunet_semiseg.trainers.methods.coranet import SETTINGS
 
 NAME = "nnUNetTrainerCoraNet"
-NOW = "_pretraining=0_min_recall=0_relabel_every=2"
+# With a pool of labels, as published.
+NOW = "_pretraining=0_min_recall=0_relabel_every=2_mixing=none"
 
 
 def unlabeled_batch(trainer, certain=0.5):
@@ -86,7 +87,7 @@ def test_phases_and_the_teachers_start(started):
 
 def test_relabeling_fills_a_pool_that_each_epoch_starts_anew(started):
     trainer = started(
-        f"{NAME}_pretraining=0_min_recall=0_relabel_every=4_label_reuse=2_num_iterations_per_epoch=6_seed=1_2epochs"
+        f"{NAME}_pretraining=0_min_recall=0_mixing=none_relabel_every=4_label_reuse=2_num_iterations_per_epoch=6_seed=1_2epochs"
     )
     drawn = []
     original = trainer.draw_unlabeled
@@ -102,7 +103,7 @@ def test_relabeling_fills_a_pool_that_each_epoch_starts_anew(started):
 
 def test_labels_are_of_the_student_at_relabeling_and_stay(started):
     trainer = started(
-        f"{NAME}_pretraining=0_min_recall=0_relabel_every=4_label_reuse=4_num_iterations_per_epoch=4_seed=1_2epochs"
+        f"{NAME}_pretraining=0_min_recall=0_mixing=none_relabel_every=4_label_reuse=4_num_iterations_per_epoch=4_seed=1_2epochs"
     )
     first = trainer.next_unlabeled()
     with torch.no_grad():
@@ -118,6 +119,43 @@ def test_labels_are_of_the_student_at_relabeling_and_stay(started):
     train_steps(trainer, 3)
     assert trainer._pool == [kept]
     assert torch.equal(kept["hard"], hard) and torch.equal(kept["certain"], certain)
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_the_teacher_and_its_heads_label_each_steps_patches(started, kind):
+    trainer = started(f"{NAME}_pretraining=0_min_recall=0_seed=1", kind)
+    train_steps(trainer, 1)
+    unlabeled = trainer.next_unlabeled()
+    assert not torch.equal(unlabeled.weak, trainer.next_unlabeled().weak) and not trainer._pool
+    # Apart from student and heads, from which the labels must not come.
+    for name in ("teacher", "teacher_heads"):
+        perturb(trainer.companions[name], 0.2)
+    targets = trainer.targets(unlabeled)
+    with torch.no_grad():
+        logits = full_resolution(trainer.teacher(unlabeled.weak))
+        _, features = forward_with_features(trainer.teacher.module, unlabeled.weak)
+        heads = {name: head(features) for name, head in trainer.companions["teacher_heads"].module.items()}
+    certain = ((heads["conservative"] > 0) == (heads["radical"] > 0)).all(1, keepdim=True)
+    assert torch.equal(targets["certain"], certain) and 0 < certain.float().mean() < 1
+    assert torch.equal(targets["hard"], logits > 0 if kind == "regions" else logits.argmax(1, keepdim=True))
+    torch.testing.assert_close(targets["main"], logits.sigmoid() if kind == "regions" else logits.softmax(1))
+
+
+def test_boxes_carry_labels_certainty_and_probabilities(started):
+    """In a box from a labeled patch, the label is certain; its surroundings keep what the teacher says."""
+    trainer = started(f"{NAME}_pretraining=0_min_recall=0_mixing=labeled_seed=1")
+    batch, unlabeled, seen = next(trainer.dataloader_train), trainer.next_unlabeled(), {}
+    trainer.student_losses = lambda **given: seen.update(given) or iter(())
+    own = trainer.targets(unlabeled)
+    list(trainer.unsupervised_losses(unlabeled, batch["data"], batch["target"]))
+    box = (seen["image"] != unlabeled.strong).all(0, keepdim=True)
+    assert 0 < box.float().mean() < 1 and seen["certain"][box.expand_as(seen["certain"])].all()
+    for name, before in own.items():
+        outside = ~box.expand_as(before)
+        assert torch.equal(seen[name][outside], before[outside]), name
+    one_hot = torch.zeros_like(seen["main"]).scatter_(1, seen["hard"], 1.0)
+    inside = box.expand_as(one_hot)
+    assert torch.equal(seen["main"][inside], one_hot[inside])
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -172,7 +210,8 @@ def test_test_time_augmentation_undoes_flips_and_zooms(started):
     trainer.logits = lambda network, data: torch.cat((-20 * (data - 0.5), torch.zeros_like(data), 20 * (data - 0.5)), 1)
     data = torch.zeros(1, 1, 32, 32)
     data[..., :16] = 1.0
-    hard, certain = by_test_time_augmentation(trainer, data)
+    probabilities, certain = by_test_time_augmentation(trainer, data)
+    hard = probabilities.argmax(1, keepdim=True)
     assert (hard[..., 2:12] == 2).all() and (hard[..., 20:30] == 0).all()
     assert certain[..., 2:10].all() and certain[..., 22:30].all()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from conftest import SHORT, from_start, make_case, write_image
@@ -363,6 +364,42 @@ def test_real_cases_can_be_drawn_more_often(make):
     counts = Counter(split["train"])
     assert all(counts[case] == 3 for case in REAL) and len(counts) == 6
     assert sorted(counts.values()) == [1, 1, 1, 3, 3, 3]
+
+
+def test_a_third_of_what_is_drawn_is_labeled(make):
+    make(FakeExecutor(), rounds=1, rules=SelectionRules(threshold=0.0)).run()
+    (split,) = json.loads((Dataset("Dataset901_labels_round1").preprocessed / "splits_final.json").read_text())
+    counts = Counter(split["train"])
+    pseudo, real = len(counts) - len(REAL), counts[REAL[0]]
+    assert pseudo > 0 and all(counts[case] == real for case in REAL)
+    assert real * len(REAL) >= sum(counts.values()) / 3 > (real - 1) * len(REAL) or real == 1
+
+
+def test_cases_are_labeled_anew_in_each_round(make):
+    """Round 2 sees all cases, and its labels take the place of round 1's."""
+
+    def growing(number, member, case):
+        labels = predict(number, member, case)
+        if number == 1:
+            # Half of the core.
+            labels[:, :, :12][labels[:, :, :12] == 2] = 1
+        return labels
+
+    executor = FakeExecutor(predict=growing)
+    rounds = make(executor, rounds=2, relabel=True, rules=SelectionRules(top=2))
+    assert rounds.run() == "All 2 rounds are done"
+    first, second = (set(of["accepted"]) for of in rounds.manifest.rounds[1:])
+    assert len(first) == len(second) == 2
+    dataset, setup = Dataset("Dataset902_labels_round2"), rounds.setup
+    description = json.loads((dataset.raw / "dataset.json").read_text())
+    assert set(description["pseudo_labels"]) == second
+    assert {of["round"] for of in description["pseudo_labels"].values()} == {2}
+    for case in second:
+        stored = dataset.preprocessed / "nnUNetPlans_cpu_2d" / f"{case}.pkl"
+        label = sitk.GetArrayFromImage(sitk.ReadImage(str(dataset.raw / "labelsTr" / f"{case}.nii.gz")))
+        assert (label[:, :, :12] == 2).any()
+        assert len(load_pickle(str(stored))["class_locations"][2]) == (label == 2).sum()
+        assert list(setup.work.round(2).images.glob(f"{case}_*"))
 
 
 def test_voxels_without_agreement_are_ignored_by_a_training(make):

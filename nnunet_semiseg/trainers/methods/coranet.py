@@ -12,7 +12,7 @@ from torch import nn
 
 from nnunet_semiseg.losses.consistency import masked_squared_distance
 from nnunet_semiseg.losses.cost_sensitive import cost_sensitive_bce, cost_sensitive_dice
-from nnunet_semiseg.losses.uncertainty import agreement, heteroscedastic_bce
+from nnunet_semiseg.losses.uncertainty import heteroscedastic_bce
 from nnunet_semiseg.networks.ema import EMATeacher, unwrap
 from nnunet_semiseg.networks.features import check_is_unet, forward_with_features, full_resolution
 from nnunet_semiseg.networks.heads import FeatureHead
@@ -133,13 +133,15 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     features, trained with unequal costs. What both heads call alike is certain. There the student learns from its own
     pseudo labels; elsewhere it follows a mean teacher.
 
-    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1). It goes on until, in labeled patches, ``min_recall`` of
-      every class is labeled correctly and with certainty. Before that, the certain region is background alone, and
-      self-training teaches just that.
+    * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1), until the main branch finds every class in labeled
+      patches (``min_recall``).
     * Phase 2, each step: L_crm + v(t) L_c-sn (Eq. 7) + w(t) L_cnt (Eq. 8), then the teacher (Eq. 9). Both weights rise
       over ``ramp_up`` of the run to ``certain_weight`` and ``consistency_weight``.
-    * Every ``relabel_every`` steps the student labels new unlabeled patches (Eqs. 2-6); each then serves
-      ``label_reuse`` steps. The student sees them in the strong view; labels and teacher use the weak one.
+    * The weak view is labeled by the teacher, and moving averages of the heads say where it is certain. The student
+      sees the strong view, with a box from another patch, unlabeled or labeled, that brings its labels, certainty and
+      probabilities along; labeled voxels are certain.
+    * With ``relabel_every``, as published, the student labels instead: every so many steps it labels new patches (Eqs.
+      2-6), each of which then serves ``label_reuse`` steps.
 
     Multi-class: the heads are one-vs-rest over the K foreground classes or regions, which is the paper's set of binary
     sub-tasks in one network; a voxel is uncertain if the heads disagree in any of them.
@@ -250,13 +252,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
             outputs, features = self._forward(unwrap(self.network), data, self._dropout)
             terms = {"supervised": Term(self.loss(outputs, target))}
             heads = self._run_heads(features)
+        self.schedule.see(outputs, full_resolution(target))
         foreground, valid = self.labels.one_vs_rest(full_resolution(target))
-        if not self.schedule.knows_classes:
-            # What self-training would teach: labels that are certain.
-            taught, _ = self.labels.one_vs_rest(self.labels.hard(full_resolution(outputs).detach()))
-            if "conservative" in heads:
-                taught = taught * agreement(heads["conservative"], heads["radical"])
-            self.schedule.count(taught, foreground * valid)
         return terms | self._head_losses(heads, foreground, valid, "")
 
     def _run_heads(self, features: torch.Tensor, name: str = "heads") -> dict[str, torch.Tensor]:

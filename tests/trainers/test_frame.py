@@ -596,6 +596,16 @@ def test_networks_of_an_ordinary_start_stay_as_they_were_initialized(make_traine
     assert "pretrained" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_half_batches(started, configuration):
+    whole = started(short("nnUNetTrainerCutMix"), configuration=configuration).batch_size
+    trainer = started(short("nnUNetTrainerCutMix_half_batches=true"), configuration=configuration)
+    labeled, unlabeled = next(trainer.dataloader_train), trainer.next_unlabeled()
+    assert whole > 1 and len(labeled["data"]) == len(unlabeled.weak) == (whole + 1) // 2
+    train_steps(trainer, 1)
+    assert trainer._non_finite_total == 0
+
+
 def test_predicted_foreground_stays_small(make_trainer, tmp_path):
     """13 classes in 2000 cases, as in FLARE22."""
     trainer = make_trainer("nnUNetTrainerBCP")

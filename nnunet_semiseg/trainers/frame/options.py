@@ -37,6 +37,11 @@ class FrameOptions(SeedOptions):
     unlabeled_foreground_sampling: float = option(
         0.0, "probability of centering an unlabeled patch on predicted foreground", low=0.0, high=1.0
     )
+    half_batches: bool = option(
+        False,
+        "labeled and unlabeled patches are half of nnU-Net's batch each, and a step costs little more than nnU-Net's; "
+        "else each are as many as nnU-Net's batch",
+    )
     allow_absent_classes: bool = option(False, "train although a class is in no labeled training case")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ class Streams(Part):
                 f"{self.__class__.__name__}_allow_absent_classes=true"
             )
         self.print_to_log_file(f"WARNING: {message}.")
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """nnU-Net's, of the labeled and of the unlabeled batch."""
+        super()._set_batch_size_and_oversample()
+        if self.options.half_batches:
+            self.batch_size = math.ceil(self.batch_size / 2)
 
     @cached_property
     def _target_transforms(self) -> list:

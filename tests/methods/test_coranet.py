@@ -12,7 +12,7 @@ from nnunet_semiseg.trainers.methods.coranet import SETTINGS
 
 NAME = "nnUNetTrainerCoraNet"
 # With a pool of labels, as published.
-NOW = "_pretraining=0_min_recall=0_relabel_every=2_mixing=none"
+NOW = "_pretraining=0_min_recall=0_relabel_every=2_mixing=none_uncertain_weight=0_consistency_weight=0.3"
 
 
 def unlabeled_batch(trainer, certain=0.5):
@@ -123,7 +123,7 @@ def test_labels_are_of_the_student_at_relabeling_and_stay(started):
 
 @pytest.mark.parametrize("kind", ["labels", "regions"])
 def test_the_teacher_and_its_heads_label_each_steps_patches(started, kind):
-    trainer = started(f"{NAME}_pretraining=0_min_recall=0_seed=1", kind)
+    trainer = started(f"{NAME}_pretraining=0_min_recall=0_consistency_weight=0.3_seed=1", kind)
     train_steps(trainer, 1)
     unlabeled = trainer.next_unlabeled()
     assert not torch.equal(unlabeled.weak, trainer.next_unlabeled().weak) and not trainer._pool
@@ -143,7 +143,7 @@ def test_the_teacher_and_its_heads_label_each_steps_patches(started, kind):
 
 def test_boxes_carry_labels_certainty_and_probabilities(started):
     """In a box from a labeled patch, the label is certain; its surroundings keep what the teacher says."""
-    trainer = started(f"{NAME}_pretraining=0_min_recall=0_mixing=labeled_seed=1")
+    trainer = started(f"{NAME}_pretraining=0_min_recall=0_consistency_weight=0.3_mixing=labeled_seed=1")
     batch, unlabeled, seen = next(trainer.dataloader_train), trainer.next_unlabeled(), {}
     trainer.student_losses = lambda **given: seen.update(given) or iter(())
     own = trainer.targets(unlabeled)
@@ -156,6 +156,22 @@ def test_boxes_carry_labels_certainty_and_probabilities(started):
     one_hot = torch.zeros_like(seen["main"]).scatter_(1, seen["hard"], 1.0)
     inside = box.expand_as(one_hot)
     assert torch.equal(seen["main"][inside], one_hot[inside])
+
+
+def test_uncertain_voxels_weigh_less(started):
+    trainer = started(f"{NAME}{NOW}_uncertain_weight=0.4_deep_pseudo=false{SHORT}".replace("_uncertain_weight=0_", "_"))
+    batch = unlabeled_batch(trainer)
+    loss = terms_of(trainer, batch)["certain"].value
+    with torch.no_grad():
+        logits = full_resolution(trainer.network(batch.strong))
+    weight = torch.where(batch.certain, 1.0, 0.4)
+    ce = -logits.log_softmax(1).gather(1, batch.hard)
+    expected = (weight * ce).sum() / weight.sum()
+    p, of = logits.softmax(1), torch.zeros_like(logits).scatter_(1, batch.hard, 1.0)
+    axes = (0, 2, 3) if trainer.configuration_manager.batch_dice else (2, 3)
+    overlap, sizes = ((weight * x).sum(axes)[..., 1:] for x in (p * of, p + of))
+    expected = expected - ((2 * overlap + 1e-5) / (sizes + 1e-5)).mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -190,7 +206,8 @@ def test_settings_of_table_4(started, setting):
 @pytest.mark.parametrize("uncertainty", ["tta", "mcdropout", "aleatoric"])
 @pytest.mark.parametrize("kind, configuration", [("labels", "2d"), ("regions", "3d_fullres")])
 def test_other_uncertainty_estimators_of_table_6(started, uncertainty, kind, configuration):
-    trainer = started(f"{NAME}{NOW}_uncertainty={uncertainty}_passes=2{SHORT}", kind, configuration)
+    now = NOW.removesuffix("_consistency_weight=0.3")
+    trainer = started(f"{NAME}{now}_uncertainty={uncertainty}_passes=2{SHORT}", kind, configuration)
     train_steps(trainer, 2)
     assert trainer._non_finite_total == 0
     batch = trainer._pool[0]

@@ -42,16 +42,17 @@ CONSISTENCY = {"supervised": STUDENT, "consistency": STUDENT}
 PSEUDO = {"supervised": STUDENT, "pseudo": STUDENT}
 MIXED = dict.fromkeys(("mixed_out", "mixed_in"), STUDENT)
 BY_ORIGIN = dict.fromkeys(("mixed_labels_out", "mixed_pseudo_out", "mixed_labels_in", "mixed_pseudo_in"), STUDENT)
-CORANET, HEADS = {**CONSISTENCY, "certain": STUDENT}, {"student", "heads"}
+HEADS = {"student", "heads"}
 # Settings that change what trains what.
 TERMS = {
     # What the classes state, but for the one whose default confidence leaves nothing at the start of a training.
     **{name: terms for name, terms in DEFAULTS.items() if name != "DualStream"},
-    "CoraNet_all_heads=true": {
-        **CORANET,
+    "CoraNet_consistency_weight=0.3": {**DEFAULTS["CoraNet"], "consistency": STUDENT},
+    "CoraNet_all_heads=true_consistency_weight=0.3": {
+        **DEFAULTS["CoraNet"],
         **dict.fromkeys(("conservative", "radical", "conservative_certain", "radical_certain", "consistency"), HEADS),
     },
-    "CoraNet_uncertainty=aleatoric": {**CORANET, "aleatoric": HEADS},
+    "CoraNet_uncertainty=aleatoric": {"supervised": STUDENT, "certain": STUDENT, "aleatoric": HEADS},
     "MeanTeacherBURL_region_normalized=true": PSEUDO,
     "BCP_unmixed=false": MIXED,
     "BCP_unmixed=false_origin_normalized=true": BY_ORIGIN,

@@ -69,7 +69,7 @@ dist.destroy_process_group()
 # together, a loss of its own.
 DISTRIBUTED = {
     "nnUNetTrainerMeanTeacher": "consistency",
-    "nnUNetTrainerCoraNet": "consistency",
+    "nnUNetTrainerCoraNet": "certain",
     "nnUNetTrainerBCPBURL": "mixed",
     "nnUNetTrainerCPS_mixing=both_turns=true_strong_view=strong": "cross_second",
     "nnUNetTrainerDualStream": "pseudo_second",

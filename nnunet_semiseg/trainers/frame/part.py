@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         foreground_locations: dict[str, dict[int, np.ndarray]]
         # nnU-Net's own.
         _best_ema: float | None
+        batch_size: int
         _epoch_sums: dict[str, list[float]]
         _step_monitors: dict[str, torch.Tensor]
         _unlabeled_keys: list[str]

@@ -76,7 +76,10 @@ class CoraNetOptions(TeacherOptions, PretrainingOptions):
     pseudo_dice: float = option(
         1.0, "weight of soft Dice beside the cross-entropy in self-training", low=0.0, ablation=True
     )
-    consistency_weight: float = option(1.0, "largest weight of the consistency on the uncertain region", low=0.0)
+    uncertain_weight: float = option(
+        0.3, "weight of uncertain voxels in self-training, that of certain ones is 1; 0: the paper's mask", low=0.0
+    )
+    consistency_weight: float = option(0.0, "largest weight of the consistency on the uncertain region", low=0.0)
     all_heads: bool = option(False, "self-training and consistency on the two cost heads as well", ablation=True)
     relabel_every: int = option(
         0, "steps between two relabelings by the student; 0: the teacher labels each step's patches", low=0
@@ -86,7 +89,14 @@ class CoraNetOptions(TeacherOptions, PretrainingOptions):
 
 
 # As they are published: the student labels, without mixing.
-_PUBLISHED = dict(mixing="none", strong_view="nnunet", predict_with="student", deep_pseudo=False, relabel_every=50)
+_PUBLISHED = dict(
+    mixing="none",
+    strong_view="nnunet",
+    predict_with="student",
+    deep_pseudo=False,
+    relabel_every=50,
+    uncertain_weight=0.0,
+)
 CoraNetOptions.PRESETS = {
     "paper": dict(
         **_PUBLISHED,
@@ -130,13 +140,13 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     """CoraNet on nnU-Net's U-Net (Inconsistency-aware Uncertainty Estimation, IEEE TMI 2021).
 
     Three branches share encoder and decoder: the plans' own segmentation layer (main), and two heads on the last
-    features, trained with unequal costs. What both heads call alike is certain. There the student learns from its own
-    pseudo labels; elsewhere it follows a mean teacher.
+    features, trained with unequal costs. What both heads call alike is certain. There the student learns pseudo labels
+    with their whole weight; elsewhere with a smaller one, or, as published, it follows a mean teacher.
 
     * Phase 1 (``pretraining``): L_crm on labeled data (Eq. 1), until the main branch finds every class in labeled
       patches (``min_recall``).
     * Phase 2, each step: L_crm + v(t) L_c-sn (Eq. 7) + w(t) L_cnt (Eq. 8), then the teacher (Eq. 9). Both weights rise
-      over ``ramp_up`` of the run to ``certain_weight`` and ``consistency_weight``.
+      over ``ramp_up`` of the run to ``certain_weight`` and ``consistency_weight``, which is 0 by default.
     * The weak view is labeled by the teacher, and moving averages of the heads say where it is certain. The student
       sees the strong view, with a box from another patch, unlabeled or labeled, that brings its labels, certainty and
       probabilities along; labeled voxels are certain.
@@ -156,6 +166,9 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     * Sums over pixels (Eqs. 1, 7, 8) are means over the voxels of the region, so that the weights do not depend on
       the patch size. The code divides the cost terms by the sum of their costs, which leaves the conservative head so
       little gradient from foreground that it learns to predict none.
+    * Uncertain voxels have a smaller weight in L_c-sn (``uncertain_weight``), not none: where no loss reaches, errors
+      grow. With the paper's mask, false right ventricles spread over the background of cardiac MRI, where the heads
+      disagree, and a mean teacher that has them too does not take them back (docs/results.md).
     * One step on the sum of the losses, instead of three steps in turn (Algorithm 1).
     * Pseudo labels are the main branch's; the paper's voting among binary networks has nothing to vote on here.
     * Table IV's "seg+mt (mask)" is the mean teacher on the certain region, as its text says.
@@ -167,7 +180,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     """
 
     paper = Paper("Shi et al., IEEE TMI 2021, Eqs. 1-9", 2021)
-    idea = "heads with unequal costs split a patch: pseudo labels where they agree, Mean Teacher where they do not"
+    idea = "heads with unequal costs tell certain pseudo labels from uncertain ones, which weigh less"
     use_when = "to study certain and uncertain regions"
     corrected = (
         "in the conservative head background is the costly class, on labeled and unlabeled data alike (Fig. "
@@ -178,7 +191,7 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     )
     labeled_by = "student"
     terms = dict(
-        **dict.fromkeys(("supervised", "certain", "consistency"), STUDENT),
+        **dict.fromkeys(("supervised", "certain"), STUDENT),
         **dict.fromkeys(("conservative", "radical"), ("student", "heads")),
     )
     switched_off = "setting=seg_head_gradient=0"
@@ -389,7 +402,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         terms = {}
         if self_training is not None:
             weight = o.certain_weight * ramp
-            terms["certain"] = Term(self._certain_loss(outputs, hard, self_training), weight)
+            voxels = torch.where(self_training, 1.0, o.uncertain_weight) * known
+            terms["certain"] = Term(self._certain_loss(outputs, hard, voxels), weight)
             if heads:
                 foreground, valid = self.labels.one_vs_rest(hard)
                 terms |= self._head_losses(heads, foreground, valid & self_training, "_certain", weight)

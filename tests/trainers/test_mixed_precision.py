@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from conftest import UNLABELED_TERMS, fitting, flat, short, slow_unless, train_steps
+from conftest import SHORT, UNLABELED_TERMS, fitting, flat, short, slow_unless, train_steps
 
-from nnunet_semiseg.trainers.frame.hooks import MethodHooks
 from nnunet_semiseg.trainers.registry import TRAINERS
 
 
 @pytest.fixture
 def mixed_precision(monkeypatch):
-    monkeypatch.setattr(MethodHooks, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setenv("nnUNet_semiseg_bfloat16", "t")
 
 
 @pytest.mark.parametrize(
@@ -31,6 +30,20 @@ def test_every_trainer_under_autocast_and_a_gradient_scaler(started, mixed_preci
     # The scaler's own steps were taken: none was skipped as overflowing.
     assert trainer.grad_scaler.get_scale() == 2.0**16
     assert all(p.dtype == torch.float32 for p in (*trainer.network.parameters(), *trainer.companions.parameters()))
+
+
+def test_stock_trainers_take_part(started, mixed_precision, monkeypatch):
+    """The control of a comparison computes as the methods do."""
+    weights = []
+    for value in ("t", "f"):
+        monkeypatch.setenv("nnUNet_semiseg_bfloat16", value)
+        trainer, seen = started(f"nnUNetTrainer{SHORT}"), []
+        trainer.network.encoder.stages[0].register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+        train_steps(trainer, 2)
+        assert {output.dtype for output in seen} == {torch.bfloat16 if value == "t" else torch.float32}
+        weights.append(flat(trainer.network).clone())
+    torch.testing.assert_close(*weights, rtol=0.1, atol=0.01)
+    assert not torch.equal(*weights)
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerCutMix", "nnUNetTrainerCoraNet"])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import autocast, nn
+from torch import nn
 
 from nnunet_semiseg.losses.pseudo_labels import DeeplySupervised, VoxelLoss, WeightedSegmentationLoss
 from nnunet_semiseg.networks.ema import EMATeacher, unwrap
@@ -324,10 +323,6 @@ class MethodHooks(Part):
         sure = self.labels.confidence(self.labels.probabilities(logits)) >= options.confidence
         self.monitor("sure_voxels", sure.float().mean())
         return torch.where(sure, 1.0, options.unsure_weight)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """nnU-Net's mixed precision: float16 on CUDA, nothing elsewhere."""
-        return autocast(self.device.type) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def outputs(self, network: Network, data: torch.Tensor) -> Outputs:
         """What a student or a teacher answers, as nnU-Net's loss takes it: a list with deep supervision."""

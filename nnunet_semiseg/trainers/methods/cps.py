@@ -65,7 +65,7 @@ class nnUNetTrainerCPS(CrossLabels):
 
     paper = Paper("Chen et al., CVPR 2021; Pham et al., FLARE 2022", 2021)
     idea = "two networks, each learns from the other's hard labels"
-    use_when = "second, if you can afford two networks"
+    use_when = "if you can afford two networks"
     corrected = (
         "starts when both networks find every class; the weight ramps up within the run, in the paper's code "
         "it hardly leaves zero; cross-entropy and Dice, in the presets Dice as in the paper, not the code's "

@@ -42,7 +42,7 @@ class nnUNetTrainerDTC(DistanceTask, SemiSupervisedTrainer):
 
     paper = Paper("Luo et al., AAAI 2021", 2021)
     idea = "a segmentation head and a signed-distance head of one network agree"
-    use_when = "for a shape constraint at the lowest cost"
+    use_when = "as a reference implementation, for a shape constraint at the lowest cost"
     corrected = (
         "sign of the inverse transform; distances divided by a constant; patches without or full of "
         "foreground; nnU-Net's loss instead of Dice alone; squares summed over classes, so that the default "

@@ -85,7 +85,7 @@ class nnUNetTrainerDTML(DistanceTask, SemiSupervisedTrainer):
 
     paper = Paper("Zhang and Zhang, PRCV 2021, Eqs. 1-6", 2021)
     idea = "a segmentation network and a signed-distance network agree"
-    use_when = "for a shape constraint with two networks"
+    use_when = "as a reference implementation, for a shape constraint with two networks"
     corrected = (
         "sign of the inverse transform (Eq. 2), and a scale with which the distance network learns from "
         "masks; the square in the ramp; the consistency counts once, not twice; distances divided by a "

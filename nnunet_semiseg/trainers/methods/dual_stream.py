@@ -120,7 +120,7 @@ class nnUNetTrainerDualStream(SemiSupervisedTrainer):
 
     paper = Paper("Karimijafarbigloo et al. 2024, Eqs. 1-7", 2024)
     idea = "two architectures: the better one labels; losses on confident disagreement and on class prototypes"
-    use_when = "to study two architectures"
+    use_when = "as a reference implementation, to study two architectures"
     corrected = (
         "every term has a gradient (none of the published code's unsupervised terms has); exponent of "
         "lambda_c; a ramp for lambda_u; Eqs. 2, 4 and 5; a loss for Eq. 7, which has none; a constant "

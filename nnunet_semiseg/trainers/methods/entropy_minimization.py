@@ -24,7 +24,7 @@ class nnUNetTrainerEntropyMinimization(SemiSupervisedTrainer):
 
     paper = Paper("Grandvalet and Bengio, NeurIPS 2004", 2004)
     idea = "predictions on unlabeled patches are made confident: their entropy is minimized"
-    use_when = "as the cheapest baseline"
+    use_when = "as a reference implementation, the cheapest baseline"
     corrected = ""
     labeled_by = "student"
     passes = (2, 0, 0, 0)

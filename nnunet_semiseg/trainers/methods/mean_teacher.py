@@ -56,7 +56,7 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
 
     paper = Paper("Tarvainen and Valpola, NeurIPS 2017", 2017)
     idea = "the student's predictions on unlabeled patches follow those of its moving average"
-    use_when = "as the baseline that most papers compare with"
+    use_when = "as a reference implementation, the baseline that most papers compare with"
     corrected = "averages parameters, not the state dict, in which nnU-Net names most tensors several times"
     labeled_by = "teacher"
     terms = dict(supervised=STUDENT, consistency=STUDENT)

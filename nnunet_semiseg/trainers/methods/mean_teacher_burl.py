@@ -58,7 +58,7 @@ class nnUNetTrainerMeanTeacherBURL(RegionLearning, nnUNetTrainerMeanTeacher):
         "Mean Teacher with pseudo labels: labels count more where the network is uncertain, pseudo labels "
         "where it is certain"
     )
-    use_when = "to test pseudo labels and region weights on Mean Teacher"
+    use_when = "as a reference implementation, to test region weights on Mean Teacher"
     corrected = (
         "sign of the entropy (Eq. 3); masked losses instead of masked labels (Eqs. 5-8), and pseudo labels in "
         "Eq. 6; roles in the moving average (Eq. 10); a weight per voxel, because region by region inverts "

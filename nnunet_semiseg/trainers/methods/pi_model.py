@@ -29,7 +29,7 @@ class nnUNetTrainerPiModel(SemiSupervisedTrainer):
 
     paper = Paper("Laine and Aila, ICLR 2017", 2017)
     idea = "two augmented views of an unlabeled patch get the same prediction"
-    use_when = "as a baseline without a teacher"
+    use_when = "as a reference implementation, a baseline without a teacher"
     corrected = ""
     labeled_by = "student"
     passes = (3, 0, 0, 0)

@@ -56,7 +56,7 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
 
     paper = Paper("Yu et al., MICCAI 2019", 2019)
     idea = "Mean Teacher, only where the teacher is certain"
-    use_when = "as a baseline with an uncertainty mask"
+    use_when = "as a reference implementation, a baseline with an uncertainty mask"
     corrected = (
         "the threshold is that of two classes (ln 2), whatever their number, and a percentile can replace it; "
         "the student follows the mean that the entropy is of; noise on the input by default, as nnU-Net has "

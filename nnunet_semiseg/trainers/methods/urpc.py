@@ -39,7 +39,7 @@ class nnUNetTrainerURPC(SemiSupervisedTrainer):
     options: URPCOptions
     paper = Paper("Luo et al., MICCAI 2021", 2021)
     idea = "predictions at several resolutions agree with their mean where they do not differ much"
-    use_when = "to compare with: one pass, no teacher"
+    use_when = "as a reference implementation, with one pass and no teacher"
     corrected = "without the untrained lowest resolution; nnU-Net's deep supervision; divergences of log-probabilities"
     passes = (2, 0, 0, 0)
     terms = dict(supervised=STUDENT, consistency=STUDENT)

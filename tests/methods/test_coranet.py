@@ -241,7 +241,7 @@ def test_alpha_one_tells_heads_apart_by_initialization(started):
 
 
 def test_cost_heads_reach_the_shared_decoder_and_the_other_heads_do_not_mix(started):
-    trainer = started(NAME + NOW + SHORT)
+    trainer = started(f"{NAME}{NOW}_head_gradient=1{SHORT}")
     batch = next(trainer.dataloader_train)
     terms = trainer.supervised_loss(batch["data"], batch["target"])
     terms["conservative"].value.backward()
@@ -264,7 +264,9 @@ def test_a_share_of_the_heads_gradient_reaches_the_shared_network(started, share
         "whole": cost_sensitive_bce(trainer.companions["heads"]["radical"](features), foreground, valid, 1.0, 5.0),
         "share": trainer.supervised_loss(batch["data"], batch["target"])["radical"].value,
     }
-    gradients = {name: torch.autograd.grad(loss, (shared, own)) for name, loss in losses.items()}
+    gradients = {
+        name: torch.autograd.grad(loss, (shared, own), materialize_grads=True) for name, loss in losses.items()
+    }
     torch.testing.assert_close(losses["share"], losses["whole"], rtol=1e-5, atol=0)
     torch.testing.assert_close(gradients["share"][0], share * gradients["whole"][0], rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(gradients["share"][1], gradients["whole"][1], rtol=1e-3, atol=1e-7)

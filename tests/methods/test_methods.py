@@ -42,7 +42,7 @@ CONSISTENCY = {"supervised": STUDENT, "consistency": STUDENT}
 PSEUDO = {"supervised": STUDENT, "pseudo": STUDENT}
 MIXED = dict.fromkeys(("mixed_out", "mixed_in"), STUDENT)
 BY_ORIGIN = dict.fromkeys(("mixed_labels_out", "mixed_pseudo_out", "mixed_labels_in", "mixed_pseudo_in"), STUDENT)
-HEADS = {"student", "heads"}
+HEADS, BOTH = {"heads"}, {"student", "heads"}
 # Settings that change what trains what.
 TERMS = {
     # What the classes state, but for the one whose default confidence leaves nothing at the start of a training.
@@ -50,8 +50,10 @@ TERMS = {
     "CoraNet_consistency_weight=0.3": {**DEFAULTS["CoraNet"], "consistency": STUDENT},
     "CoraNet_all_heads=true_consistency_weight=0.3": {
         **DEFAULTS["CoraNet"],
-        **dict.fromkeys(("conservative", "radical", "conservative_certain", "radical_certain", "consistency"), HEADS),
+        **dict.fromkeys(("conservative", "radical", "conservative_certain", "radical_certain"), HEADS),
+        "consistency": BOTH,
     },
+    "CoraNet_head_gradient=0.3": {**DEFAULTS["CoraNet"], **dict.fromkeys(("conservative", "radical"), BOTH)},
     "CoraNet_uncertainty=aleatoric": {"supervised": STUDENT, "certain": STUDENT, "aleatoric": HEADS},
     "MeanTeacherBURL_region_normalized=true": PSEUDO,
     "BCP_unmixed=false": MIXED,

@@ -67,7 +67,7 @@ class CoraNetOptions(TeacherOptions, PretrainingOptions):
     )
     passes: int = option(20, "forward passes or draws of the tta, mcdropout and aleatoric masks", low=2, ablation=True)
     head_gradient: float = option(
-        0.3, "share of the heads' gradient in what they share with the main branch", low=0.0, high=1.0
+        0.0, "share of the heads' gradient in what they share with the main branch", low=0.0, high=1.0
     )
     cost_dice: float = option(
         1.0, "weight of cost-sensitive Dice beside the heads' cross-entropy", low=0.0, ablation=True
@@ -175,8 +175,9 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
     * The heads have cost-sensitive Dice beside the cross-entropy (``cost_dice``), as nnU-Net's own loss has Dice: with
       the cross-entropy alone, the conservative head had found no foreground after 2000 steps (docs/results_archive.md).
     * The heads are a quarter as wide as the features they read (at least 8 channels), and ``head_gradient`` of their
-      gradient reaches encoder and decoder. With all of it, two losses out of three ask the shared network for costs
-      that the main branch does not have, and the supervised loss falls behind nnU-Net's (docs/results_archive.md).
+      gradient reaches encoder and decoder, by default nothing: the heads watch. With all of it, two losses out of three
+      ask the shared network for costs that the main branch does not have, and the supervised loss falls behind nnU-Net's
+      (docs/results_archive.md).
     """
 
     paper = Paper("Shi et al., IEEE TMI 2021, Eqs. 1-9", 2021)
@@ -186,15 +187,15 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         "in the conservative head background is the costly class, on labeled and unlabeled data alike (Fig. "
         "1's caption has it the other way round); costs with a mean of 1, sums are means over voxels; one "
         "step on the sum of the losses; cost-sensitive Dice beside the cross-entropy; two thin heads on one "
-        "network, with a share of their gradient in it; pseudo labels without a vote; pretraining lasts until "
-        "every class is found"
+        "network, without their gradient in it; pseudo labels without a vote; pretraining lasts until every class "
+        "is found; a teacher labels, on mixed views, and uncertain voxels weigh less instead of following it"
     )
-    labeled_by = "student"
+    labeled_by = "teacher"
     terms = dict(
         **dict.fromkeys(("supervised", "certain"), STUDENT),
-        **dict.fromkeys(("conservative", "radical"), ("student", "heads")),
+        **dict.fromkeys(("conservative", "radical"), ("heads",)),
     )
-    switched_off = "setting=seg_head_gradient=0"
+    switched_off = "setting=seg"
     teacher_starts_pretrained = True
     Options = CoraNetOptions
     options: CoraNetOptions
@@ -276,7 +277,9 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
         heads: Any = self.companions[name]
         heads = heads.module if isinstance(heads, EMATeacher) else heads
         share = self.options.head_gradient
-        if features.requires_grad and share != 1.0:
+        if share == 0.0:
+            features = features.detach()
+        elif features.requires_grad and share != 1.0:
             features = features.view_as(features)
             features.register_hook(lambda gradient: share * gradient)
         return {key: head(features) for key, head in heads.items()}

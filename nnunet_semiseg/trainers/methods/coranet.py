@@ -176,8 +176,8 @@ class nnUNetTrainerCoraNet(SemiSupervisedTrainer):
       the cross-entropy alone, the conservative head had found no foreground after 2000 steps (docs/results_archive.md).
     * The heads are a quarter as wide as the features they read (at least 8 channels), and ``head_gradient`` of their
       gradient reaches encoder and decoder, by default nothing: the heads watch. With all of it, two losses out of three
-      ask the shared network for costs that the main branch does not have, and the supervised loss falls behind nnU-Net's
-      (docs/results_archive.md).
+      ask the shared network for costs that the main branch does not have, and the supervised loss falls behind that of
+      nnU-Net (docs/results_archive.md).
     """
 
     paper = Paper("Shi et al., IEEE TMI 2021, Eqs. 1-9", 2021)

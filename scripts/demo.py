@@ -1,6 +1,6 @@
 """The parts of demo.sh that are not commands of nnU-Net: simulated data, held-out cases, table and picture.
 
-python scripts/demo.py {simulate | heldout | table | picture} ...
+python scripts/demo.py {simulate | split | heldout | table | picture} ...
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from nnunet_semiseg.data.splits import read_splits
 from nnunet_semiseg.files import read_json
 
-LABELED, UNLABELED, HELD_OUT = 4, 20, 6
+LABELED, UNLABELED, VALIDATION, HELD_OUT = 2, 22, 2, 6
 
 
 def simulate(folder: str) -> None:
@@ -43,7 +43,7 @@ def simulate(folder: str) -> None:
         field = gaussian_filter(random.normal(size=shape).astype(np.float32), size)
         return field / field.std() * sd
 
-    names = [("imagesTr", "labelsTr", "labeled")] * LABELED + [("imagesUn", None, "unlabeled")] * UNLABELED
+    names = [("imagesTr", "labelsTr", "subject")] * (LABELED + UNLABELED + VALIDATION)
     names += [("imagesTs", "labelsTs", "heldout")] * HELD_OUT
     for number, (image_folder, label_folder, name) in enumerate(names):
         random = np.random.RandomState(number)
@@ -58,13 +58,12 @@ def simulate(folder: str) -> None:
             (image_folder, (1000 * image).astype(np.int16), f"{case}_0000.nii.gz"),
             (label_folder, labels, f"{case}.nii.gz"),
         ):
-            if kind:
-                (temporary / kind).mkdir(parents=True, exist_ok=True)
-                nibabel.save(nibabel.Nifti1Image(data, images[0].affine), temporary / kind / file)
+            (temporary / kind).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(data, images[0].affine), temporary / kind / file)
     description = {
         "channel_names": {"0": "T1"},
         "labels": {"background": 0, "gray matter": 1, "white matter": 2},
-        "numTraining": LABELED,
+        "numTraining": LABELED + UNLABELED + VALIDATION,
         "file_ending": ".nii.gz",
         "description": "Simulated from one average brain (MNI152 T1 template and tissue maps of nilearn)",
     }
@@ -72,12 +71,24 @@ def simulate(folder: str) -> None:
     os.replace(temporary, folder)
 
 
+def split(raw: str) -> None:
+    """Fold 0 of the simulated subjects hides all labels but a few; fold 1 shows them."""
+    cases = sorted(p.name.removesuffix(".nii.gz") for p in (Path(raw) / "labelsTr").iterdir())
+    train, val = cases[:-VALIDATION], cases[-VALIDATION:]
+    folds = [
+        {"train": train[:LABELED], "val": val, "unlabeled": train[LABELED:]},
+        {"train": train, "val": val, "unlabeled": []},
+    ]
+    file = Path(os.environ["nnUNet_preprocessed"]) / Path(raw).name / "splits_final.json"
+    file.write_text(json.dumps(folds, indent=1))
+
+
 def heldout(raw: str, target: str) -> None:
-    """Link the cases to score into ``target`` and print the fold to train: imagesTs with labels, or fold 0's own."""
+    """Link the cases to score into ``target``, imagesTs with labels or those of fold 0, and print the fold to train."""
     raw, target = Path(raw), Path(target)
     ending = read_json(raw / "dataset.json")["file_ending"]
     if (raw / "labelsTs").is_dir():
-        fold, kind = "all", "Ts"
+        fold, kind = "all" if (raw / "imagesUn").is_dir() else "0", "Ts"
         cases = [p.name[: -len(ending)] for p in sorted((raw / "labelsTs").glob("*" + ending))]
     else:
         from batchgenerators.utilities.file_and_folder_operations import save_json
@@ -100,17 +111,21 @@ def heldout(raw: str, target: str) -> None:
     print(fold)
 
 
-def table(vanilla: str, coranet: str) -> None:
-    """Print Dice per class of both, and the difference."""
-    a, b = (read_json(Path(p) / "summary.json") for p in (vanilla, coranet))
-    labels = read_json(Path(vanilla) / "dataset.json")["labels"]
+def table(*predicted: str) -> None:
+    """Print Dice per class of each ``NAME=FOLDER``."""
+    folders = dict(argument.split("=", 1) for argument in predicted)
+    summaries = {name: read_json(Path(folder) / "summary.json") for name, folder in folders.items()}
+    labels = read_json(Path(next(iter(folders.values()))) / "dataset.json")["labels"]
     names = {str(tuple(v) if isinstance(v, list) else v): k for k, v in labels.items()}
-    rows = [(names.get(k, k), a["mean"][k]["Dice"], b["mean"][k]["Dice"]) for k in a["mean"]]
-    rows.append(("mean", a["foreground_mean"]["Dice"], b["foreground_mean"]["Dice"]))
-    width = max(len(name) for name, *_ in rows)
-    print(f"{'class':{width}}  vanilla  CoraNet  difference")
-    for name, x, y in rows:
-        print(f"{name:{width}}  {x:7.3f}  {y:7.3f}  {y - x:+10.3f}")
+    rows = {
+        names.get(k, k): [s["mean"][k]["Dice"] for s in summaries.values()]
+        for k in next(iter(summaries.values()))["mean"]
+    }
+    rows["mean"] = [s["foreground_mean"]["Dice"] for s in summaries.values()]
+    width = max(map(len, rows))
+    print(" " * width, *summaries, sep="  ")
+    for row, values in rows.items():
+        print(f"{row:{width}}", *(f"{value:{len(name)}.3f}" for name, value in zip(summaries, values)), sep="  ")
 
 
 def uncertain_slice(model, image_files: list[str], slice_index: int) -> np.ndarray:
@@ -171,5 +186,5 @@ def picture(held: str, vanilla: str, coranet: str, fold: str, target: str) -> No
 
 
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (simulate, heldout, table, picture)}
+    commands = {f.__name__: f for f in (simulate, split, heldout, table, picture)}
     commands[sys.argv[1]](*sys.argv[2:])

@@ -28,6 +28,10 @@ COMMANDS = {
     "plan_cpu": ("nnunet_semiseg.commands.plan_cpu", "make small plans (nnUNetPlans_cpu) that train on a CPU"),
     "trainers": ("nnunet_semiseg.commands.trainers", "list the trainers and their options"),
     "doctor": ("nnunet_semiseg.commands.doctor", "check the installation and, with -d, a dataset"),
+    "fork": (
+        "nnunet_semiseg.commands.fork",
+        "make a training start from a whole trained model, without its phase on labels alone",
+    ),
     "evaluate": (
         "nnunet_semiseg.commands.evaluate",
         "compare predictions with ground truth: overlap and surface distances for each case and class",

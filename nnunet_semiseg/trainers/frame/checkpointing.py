@@ -75,7 +75,8 @@ class Checkpointing(Part):
         if state is None:
             raise checkpoints.CheckpointError(
                 f"{file} was not written by a trainer of nnunet_semiseg, so there is nothing to continue. To start "
-                f"from its weights use nnUNetv2_train ... -pretrained_weights {file}"
+                f"from its whole network use nnunet_semiseg fork ... --from {file}; without its segmentation layers, "
+                f"nnUNetv2_train ... -pretrained_weights {file}"
             )
         self.trained_on = set(state.get("trained_on", ()))
         cure = "Train anew, without --c, or restore the splits that it was trained with"

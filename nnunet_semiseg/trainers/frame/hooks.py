@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -79,6 +79,8 @@ class MethodHooks(Part):
     switched_off = ""
     # So many resolutions of the decoder have to be trained by nnU-Net's deep supervision.
     min_resolutions = 1
+    # Whether the second network segments as the first one does, so that a trained network can take its place.
+    second_segments = True
     # Whether the teacher starts as a copy of the student when phase 2 does, and then averages with a constant decay;
     # else it averages from the first step on.
     teacher_starts_pretrained = False
@@ -206,8 +208,31 @@ class MethodHooks(Part):
     def take_pretrained_weights(self) -> None:
         """Called at the start of a training whose network has got weights by nnU-Net's ``-pretrained_weights``."""
         if self.has_second_network():
-            self._second.take_pretrained_weights(self.network)
+            self._second.take_pretrained_weights(self.network, "-pretrained_weights")
         self._teachers_start()
+
+    def fork(self, second: dict[str, torch.Tensor] | None, dice: Sequence[float]) -> None:
+        """Called before a training whose network has got all weights of a trained one (``nnunet_semiseg fork``).
+
+        Args:
+            second: Weights of another trained network, for the second one.
+            dice: As of ``Schedule.fork``.
+        """
+        untrained = []
+        if self.has_second_network():
+            if second is not None and self.second_segments:
+                self._second.module.load_state_dict(second)
+            elif self._second.take_pretrained_weights(self.network if second is None else second, "--from"):
+                untrained.append("the second network's segmentation layers")
+            else:
+                untrained.append("a second network")
+        self._teachers_start()
+        untrained += [
+            name
+            for name, module in self.companions.items()
+            if name != "second" and any(p.requires_grad for p in module.parameters())
+        ]
+        self.schedule.fork(untrained, dice)
 
     def _teachers_start(self) -> None:
         """As copies of their students."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -27,10 +28,12 @@ class Schedule:
     """Unlabeled data take part from the first step to the last, with their whole weight."""
 
     # The values of a state that hold for one training only.
-    OF_THIS_RUN: tuple[str, ...] = ()
+    OF_THIS_RUN: tuple[str, ...] = ("forked",)
 
     def __init__(self, trainer: SemiSupervisedTrainer):
         self.trainer = trainer
+        # Whether the time on labels alone is behind the networks when the training starts.
+        self.forked = False
 
     def ramp(self) -> float:
         """In [0, 1]; the same on all ranks."""
@@ -58,20 +61,37 @@ class Schedule:
     def end(self) -> None:
         """Called at the end of the training."""
 
+    def fork(self, untrained: list[str], dice: Sequence[float]) -> None:
+        """Called before a training that starts from trained networks.
+
+        Args:
+            untrained: Names of the networks that start untrained nevertheless, or without segmentation layers.
+            dice: What the trained networks reached in each class, the worst of them; empty if nobody knows.
+        """
+
     def state(self) -> dict:
         """What a training that is continued has to know; plain Python values."""
-        return {}
+        return {"forked": True} if self.forked else {}
 
     def load_state(self, state: dict) -> None:
         """Inverse of ``state``. What a training that starts from a finished one's weights has not got is missing."""
+        self.forked = state.get("forked", False)
 
 
 class RampUp(Schedule):
-    """exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up`` of it; 0 before."""
+    """exp(-5 (1 - s)^2), s from 0 to 1 over ``ramp_up`` of the run, after ``warm_up`` of it; 0 before.
+
+    From trained networks, without ``warm_up``.
+    """
 
     def ramp(self) -> float:
         options = self.trainer.options
-        return ramp_up_between(self.trainer.progress, options.warm_up, options.ramp_up)
+        return ramp_up_between(self.trainer.progress, 0.0 if self.forked else options.warm_up, options.ramp_up)
+
+    def fork(self, untrained: list[str], dice: Sequence[float]) -> None:
+        self.forked = not untrained
+        stays = f"with warm_up, because the model lacks {', '.join(untrained)}"
+        self.trainer.print_to_log_file(f"The run starts {'without warm_up' if self.forked else stays}")
 
 
 class TwoPhases(Schedule):
@@ -80,9 +100,12 @@ class TwoPhases(Schedule):
     Phase 2 starts when ``pretraining`` of the run is done and every class is found in labeled patches with
     ``min_recall`` by all students: pseudo labels of a network that does not find a class yet teach that there is none.
     Recall is that of the last epoch; of a class which that epoch's patches lack, that of the last epoch with it.
+
+    From trained networks, it starts with the first step. If one of them starts untrained, or did not find a class, it
+    starts when ``min_recall`` is reached, without ``pretraining``.
     """
 
-    OF_THIS_RUN = ("phase_2_start",)
+    OF_THIS_RUN = ("phase_2_start", "forked")
 
     def __init__(self, trainer: SemiSupervisedTrainer):
         super().__init__(trainer)
@@ -95,9 +118,13 @@ class TwoPhases(Schedule):
             1 + trainer.has_second_network(), 2, trainer.labels.num_foreground, device=trainer.device
         )
 
+    @property
+    def pretraining(self) -> float:
+        """Share of the run that trains on labels alone, whatever is learned."""
+        return 0.0 if self.forked else self.trainer.options.pretraining
+
     def has_begun(self) -> bool:
-        trainer = self.trainer
-        enough = trainer.global_step >= math.ceil(trainer.options.pretraining * trainer.total_steps)
+        enough = self.trainer.global_step >= math.ceil(self.pretraining * self.trainer.total_steps)
         return self.knows_classes and enough
 
     def ramp(self) -> float:
@@ -142,7 +169,7 @@ class TwoPhases(Schedule):
                 self.recall[name] = found / present
         recall = {name: value for name, value in self.recall.items() if name not in trainer.absent_classes}
         self.knows_classes = all(value >= min_recall for value in recall.values())
-        if not self.knows_classes and trainer.progress >= trainer.options.pretraining:
+        if not self.knows_classes and trainer.progress >= self.pretraining:
             listed = ", ".join(f"{name} {value:.3f}" for name, value in recall.items())
             trainer.print_to_log_file(
                 f"Pretraining goes on: recall on labeled data is {listed}; min_recall is {min_recall}"
@@ -157,9 +184,32 @@ class TwoPhases(Schedule):
                 + ("pretraining" if self.knows_classes else "min_recall")
             )
 
+    def fork(self, untrained: list[str], dice: Sequence[float]) -> None:
+        trainer, min_recall = self.trainer, self.trainer.options.min_recall
+        self.forked = True
+        if not trainer.needs_unlabeled():
+            return
+        reasons = []
+        if not self.knows_classes:
+            # NaN: there was no such class.
+            low = [f"{name} {value:.3f}" for name, value in zip(trainer.class_names, dice) if not value >= min_recall]
+            reasons += [f"the model lacks {', '.join(untrained)}"] if untrained else []
+            reasons += [f"the model's Dice is {', '.join(low)}"] if low else []
+            self.knows_classes = not reasons
+        waits = f"as soon as min_recall {min_recall} is reached, because {'; '.join(reasons)}"
+        trainer.print_to_log_file(
+            f"The run starts without pretraining; phase 2 begins {waits if reasons else 'at once'}"
+        )
+
     def state(self) -> dict:
-        return {"phase_2_start": self.phase_2_start, "knows_classes": self.knows_classes, "recall": self.recall}
+        return {
+            "phase_2_start": self.phase_2_start,
+            "knows_classes": self.knows_classes,
+            "recall": self.recall,
+            **super().state(),
+        }
 
     def load_state(self, state: dict) -> None:
+        super().load_state(state)
         self.phase_2_start, self.knows_classes = state.get("phase_2_start"), state["knows_classes"]
         self.recall = dict(state["recall"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
@@ -26,6 +27,14 @@ SECOND_FOLDS = 100
 def second_fold(fold: int | str) -> int:
     """The fold as which nnU-Net finds the second network of a training of ``fold``; 99 for "all"."""
     return SECOND_FOLDS - 1 if fold == "all" else SECOND_FOLDS + int(fold)
+
+
+def first_fold(name: str) -> int | Literal["all"] | None:
+    """The fold of the training whose first or second network lies in a folder ``fold_...``; None if it is no fold's."""
+    text = name.removeprefix("fold_")
+    if text == name or not (text == "all" or text.isdecimal()):
+        return None
+    return "all" if text in ("all", str(SECOND_FOLDS - 1)) else int(text) % SECOND_FOLDS
 
 
 class SecondNetwork:
@@ -54,18 +63,28 @@ class SecondNetwork:
             trainer.enable_deep_supervision,
         ).to(trainer.device)
 
-    def take_pretrained_weights(self, network: nn.Module) -> None:
-        """Those of A into B, all but the segmentation layers, as nnU-Net does with A."""
+    def take_pretrained_weights(self, network: nn.Module | dict[str, torch.Tensor], argument: str) -> bool:
+        """Those of A, say, into B, all but the segmentation layers, as nnU-Net does with A.
+
+        Args:
+            network: Which one's, or the weights themselves.
+            argument: By which the user has given them, for the log.
+
+        Returns:
+            False if B has another architecture, and is as it was.
+        """
         own = self.module.state_dict()
-        weights = {k: v for k, v in unwrap(network).state_dict().items() if ".seg_layers." not in k}
+        given = unwrap(network).state_dict() if isinstance(network, nn.Module) else network
+        weights = {k: v for k, v in given.items() if ".seg_layers." not in k}
         if any(k not in own or own[k].shape != v.shape for k, v in weights.items()):
             self.trainer.print_to_log_file(
-                "WARNING: -pretrained_weights reach the first network only: the second has another architecture "
+                f"WARNING: {argument} reach the first network only: the second has another architecture "
                 f"(second_network={self.trainer.options.second_network})"
             )
-            return
+            return False
         self.module.load_state_dict({**own, **weights})
-        self.trainer.print_to_log_file("-pretrained_weights: both networks start from them")
+        self.trainer.print_to_log_file(f"{argument}: both networks start from them")
+        return True
 
     @property
     def has_own_plans(self) -> bool:

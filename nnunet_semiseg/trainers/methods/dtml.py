@@ -96,6 +96,7 @@ class nnUNetTrainerDTML(DistanceTask, SemiSupervisedTrainer):
     passes = (2, 0, 2, 0)
     terms = dict(supervised=STUDENT, mask=SECOND, consistency_labeled=BOTH, consistency=BOTH)
     switched_off = "consistency_weight=0"
+    second_segments = False
     Options = DTMLOptions
     options: DTMLOptions
 

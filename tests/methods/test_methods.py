@@ -370,6 +370,29 @@ def test_pretraining_goes_on_until_every_class_is_known_to_every_network(started
     assert trainer.schedule.phase_2_start == pytest.approx(4 / 6) and UNLABELED_TERMS & set(trainer._epoch_sums)
 
 
+@pytest.mark.parametrize("pretraining, late", [(0.15, 3), (0.05, 2), (0.6, None)])
+def test_a_late_phase_2_is_warned_of_once_and_its_epoch_is_logged(started, capsys, pretraining, late):
+    trainer = started(f"nnUNetTrainerCPS_pretraining={pretraining}_10epochs_num_iterations_per_epoch=2_seed=1")
+    warned = []
+    capsys.readouterr()
+    for epoch in range(10):
+        trainer.current_epoch, trainer.global_step = epoch, 2 * epoch
+        trainer.before_step()
+        trainer.global_step += 2
+        trainer.schedule.counts[:] = torch.tensor([[8.0, 2.0 if epoch < 8 else 8.0], [10.0, 10.0]])
+        trainer.schedule.counts[1, 0, 1] -= 1
+        trainer.schedule.end_epoch()
+        printed = capsys.readouterr().out
+        warned += [epoch + 1] if "WARNING: Phase 2 is late" in printed else []
+        if warned == [epoch + 1]:
+            assert f"after {10 * (epoch + 1)}% of the run, core has a recall of 0.100 on labeled data" in printed
+            assert "nnunet_semiseg fork" in printed and "lower min_recall" in printed
+        # A training that is continued does not warn again.
+        trainer.schedule.load_state(trainer.schedule.state())
+        assert ("Phase 2 begins at epoch 9: unlabeled data take part" in printed) == (epoch == 9)
+    assert warned == ([late] if late else [])
+
+
 @pytest.mark.parametrize("kind", ["labels", "ignore", "regions_ignore"])
 @pytest.mark.parametrize("method", dict.fromkeys(method for method, _ in GATED))
 def test_recall_is_what_the_networks_find_of_the_labels(started, method, kind):

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from nnunet_semiseg.trainers.frame.trainer import SemiSupervisedTrainer
 
 
+# Twice the pretraining, and at least this share of the run: after it, phase 2 is late.
+LATE = 0.2
+
+
 def schedule_of(trainer: SemiSupervisedTrainer) -> Schedule:
     """The schedule that a trainer's options ask for."""
     if isinstance(trainer.options, PretrainingOptions):
@@ -86,7 +90,8 @@ class RampUp(Schedule):
 
     def ramp(self) -> float:
         options = self.trainer.options
-        return ramp_up_between(self.trainer.progress, 0.0 if self.forked else options.warm_up, options.ramp_up)
+        warm_up = 0.0 if self.forked and options.warm_up < 1 else options.warm_up
+        return ramp_up_between(self.trainer.progress, warm_up, options.ramp_up)
 
     def fork(self, untrained: list[str], dice: Sequence[float]) -> None:
         self.forked = not untrained
@@ -120,8 +125,9 @@ class TwoPhases(Schedule):
 
     @property
     def pretraining(self) -> float:
-        """Share of the run that trains on labels alone, whatever is learned."""
-        return 0.0 if self.forked else self.trainer.options.pretraining
+        """Share of the run that trains on labels alone, whatever is learned; 1 stays 1, a training without phase 2."""
+        pretraining = self.trainer.options.pretraining
+        return 0.0 if self.forked and pretraining < 1 else pretraining
 
     def has_begun(self) -> bool:
         enough = self.trainer.global_step >= math.ceil(self.pretraining * self.trainer.total_steps)
@@ -152,6 +158,9 @@ class TwoPhases(Schedule):
     def before_step(self) -> None:
         if self.phase_2_start is None and self.trainer.uses_unlabeled():
             self.phase_2_start = self.trainer.progress
+            self.trainer.print_to_log_file(
+                f"Phase 2 begins at epoch {self.trainer.current_epoch}: unlabeled data take part"
+            )
             self.trainer.start_phase_2()
 
     def start_epoch(self) -> None:
@@ -174,6 +183,15 @@ class TwoPhases(Schedule):
             trainer.print_to_log_file(
                 f"Pretraining goes on: recall on labeled data is {listed}; min_recall is {min_recall}"
             )
+            # In the one epoch that passes it.
+            late = max(2 * self.pretraining, LATE)
+            if trainer.current_epoch < late * trainer.num_epochs <= trainer.current_epoch + 1:
+                worst = min(recall, key=lambda name: recall[name])
+                trainer.print_to_log_file(
+                    f"WARNING: Phase 2 is late: after {(trainer.current_epoch + 1) / trainer.num_epochs:.0%} of the "
+                    f"run, {worst} has a recall of {recall[worst]:.3f} on labeled data. Start from a supervised model "
+                    "that finds it (nnunet_semiseg fork), train longer, or lower min_recall"
+                )
 
     def end(self) -> None:
         if self.phase_2_start is None and self.trainer.needs_unlabeled():

@@ -19,7 +19,7 @@ from nnunet_semiseg import checkpoints, cli
 from nnunet_semiseg.benchmark.processes import Child, OutOfTime
 from nnunet_semiseg.benchmark.quality import Scorer, Snapshots, class_dice, score
 from nnunet_semiseg.benchmark.records import QUALITY, QUALITY_COLUMNS, RECORD, Run, read_quality, update_record
-from nnunet_semiseg.benchmark.report import draw_quality
+from nnunet_semiseg.benchmark.report import draw_quality, draw_validation
 from nnunet_semiseg.benchmark.runs import Benchmark
 from nnunet_semiseg.benchmark.suite import folds_of_budgets
 from nnunet_semiseg.files import write_csv, write_json
@@ -142,6 +142,8 @@ def test_unknown_validation_case_is_named():
         ({"configuration": "3d_lowres"}, "has no configuration 3d_lowres. It has 2d"),
         ({"configuration": "3d_fullres"}, "has no cases. Run: nnUNetv2_preprocess -d 811 -plans_name nnUNetPlans_cpu"),
         ({"budgets": [6]}, "Use a smaller number"),
+        ({"fork_after": "1"}, "'fork_after' is \"1\", but has to be a number of epochs"),
+        ({"fork_after": 2}, "'fork_after' is 2, but has to be less than 'epochs', 2"),
     ],
 )
 def test_one_line_names_what_is_wrong(changes, message, dataset, write, capsys):
@@ -287,6 +289,110 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(dataset, write, monke
     assert main(write()) == 1
     printed = capsys.readouterr().out
     assert printed.count("FAILED: exit code 4") == printed.count("    no luck\n") == 2
+
+
+# A fork: one training on labels alone, from which the others start
+
+
+def test_all_runs_of_a_budget_and_seed_start_from_one_network(dataset, write, capsys):
+    file = write(fork_after=3, epochs=5, seeds=[1, 2], all_labels=True)
+    runs = Benchmark(file, "cpu").runs
+    assert [(run.method, run.budget, run.seed) for run in runs[:5]] == [
+        ("at the fork", "2 cases", 1),
+        ("vanilla", "2 cases", 1),
+        (BCP, "2 cases", 1),
+        ("at the fork", "all labels", 1),
+        ("vanilla", "all labels", 1),
+    ]
+    assert [run.base for run in runs[:5]] == [None, runs[0], runs[0], None, runs[3]] and runs[6].base == runs[5]
+    # Before the fork, other batches than after it.
+    assert "_3epochs_" in runs[0].trainer and runs[0].trainer.endswith("_seed=1001")
+    assert "_2epochs_" in runs[2].trainer and runs[2].trainer.endswith("_seed=1")
+    assert main(file, "--dry-run") == 0
+    fork, train = capsys.readouterr().out.split(f"{BCP}, 2 cases, seed 1: to do\n    ")[1].splitlines()[:2]
+    assert fork == (
+        f"nnunet_semiseg fork -d {NAME} -c 2d -f 0 -tr {runs[2].trainer} -p nnUNetPlans_cpu --from "
+        f"$nnUNet_results/{NAME}/{runs[0].trainer}__nnUNetPlans_cpu__2d/fold_0"
+    )
+    assert train.strip() == f"nnUNetv2_train {NAME} 2d 0 -tr {runs[2].trainer} -p nnUNetPlans_cpu -device cpu --c"
+
+
+def test_results_without_a_fork_are_not_those_with_one(dataset, write, capsys):
+    run = Benchmark(write(epochs=1), "cpu").runs[0]
+    update_record(run.fold, split=Benchmark(write(), "cpu").folds["2 cases"])
+    Benchmark(write(epochs=1), "cpu")
+    assert main(write(fork_after=1)) == 2
+    assert f"{run.fold} was made by a benchmark with another 'fork_after'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """``pretend(failing=METHOD)``: what trains, forks and scores takes no time; the log of what was run."""
+    ran = []
+
+    def pretend(failing=None):
+        def doing(what, run, code):
+            ran.append((what, run.method))
+            fails = "raise SystemExit(4)" if run.method == failing and what == "train" else code
+            return [sys.executable, "-c", f"from pathlib import Path; fold = Path({str(run.fold)!r}); {fails}"]
+
+        summary = "fold.joinpath('validation').mkdir(); fold.joinpath('validation/summary.json').write_text({!r})"
+        summary = summary.format(json.dumps({"foreground_mean": {"Dice": 0.5}, "mean": {}}))
+        record = "import json; file = fold / 'benchmark.json'; of = json.loads(file.read_text())"
+        record += "; file.write_text(json.dumps({**of, 'training_minutes': 1}))"
+        checkpoint = "(fold / 'checkpoint_latest.pth').touch()"
+        monkeypatch.setattr(Benchmark, "command", lambda self, run: doing("train", run, summary))
+        monkeypatch.setattr(Benchmark, "fork_command", lambda self, run: doing("fork", run, checkpoint))
+        monkeypatch.setattr(Benchmark, "_scoring", lambda self, run: doing("score", run, record))
+        monkeypatch.setattr("nnunet_semiseg.commands.benchmark.report", lambda benchmark: None)
+        monkeypatch.setattr("nnunet_semiseg.benchmark.runs.Snapshots.look", lambda self: None)
+        ran.clear()
+        return ran
+
+    return pretend
+
+
+def test_a_fork_comes_between_the_labels_and_the_methods(dataset, write, pretend, capsys):
+    file = write(fork_after=1)
+    ran = pretend(failing="vanilla")
+    assert main(file) == 1
+    assert ran == [
+        *((what, "at the fork") for what in ("train", "score")),
+        *((what, "vanilla") for what in ("fork", "train")),
+        *((what, BCP) for what in ("fork", "train", "score")),
+    ]
+    # The next call goes on behind the fork.
+    ran = pretend()
+    assert main(file) == 0
+    assert ran == [("train", "vanilla"), ("score", "vanilla")]
+    base, *runs = Benchmark(file, "cpu").runs
+    assert base.record["fork"] is None and [run.record["fork"] for run in runs] == 2 * [base.trainer]
+
+
+def test_nothing_starts_from_a_training_that_failed(dataset, write, pretend, capsys):
+    file = write(fork_after=1)
+    ran = pretend(failing="at the fork")
+    assert main(file) == 1
+    printed = capsys.readouterr().out
+    assert ran == [("train", "at the fork")]
+    assert printed.count("FAILED: it starts from at the fork, 2 cases, seed 1, which is not done") == 2
+    ran = pretend()
+    assert main(file) == 0 and len(ran) == 8 and ran[0] == ("train", "at the fork")
+
+
+@pytest.mark.slow
+def test_a_forked_matrix(dataset, write, tmp_path, capsys):
+    file = write(fork_after=1, epochs=3, trainers=["vanilla", "CutMix", "CPS"])
+    assert main(file) == 0, capsys.readouterr().out
+    base, *runs = Benchmark(file, "cpu").runs
+    for run in runs:
+        log = (run.fold / "run.log").read_text()
+        assert f"Starts from {base.fold / 'checkpoint_final.pth'}" in log and log.count(": Epoch 0") == 1
+        assert {row[0] for row in read_quality(run.fold)} == {1, 2} and len(run.record["validation_dice"]) == 2
+    page = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert '"at the fork": nnU-Net\'s own training on labels alone for 1 of the\n3 epochs' in page
+    gain = runs[1].mean - runs[0].mean
+    assert f"| CutMix | {gain:+.3f} |" in page and "| at the fork | 2 cases | 1 |" in page
 
 
 @pytest.mark.slow
@@ -472,6 +578,44 @@ def test_report_of_what_is_done(dataset, write, tmp_path, capsys):
     assert {row["labeled_cases"] for row in rows} == {"1", "3", "5"}
     assert not list((tmp_path / "out").glob("*.tmp"))
     assert not (dataset / "splits_final.json").exists()
+
+
+def test_the_report_has_vanillas_spread_and_gains_over_the_same_fork(dataset, write, tmp_path):
+    file = write(seeds=[1, 2, 3], fork_after=1)
+    bench = Benchmark(file, "cpu")
+    runs = bench.runs
+    # Seed 1: 0.60 at the fork, vanilla 0.61, BCP 0.62; seed 2: 0.73, 0.74, 0.75; seed 3: 0.86, 0.87, not done.
+    make_results(runs[:8])
+    for run in runs[:8]:
+        update_record(run.fold, split=bench.folds["2 cases"], fork=run.fork, validation_dice=[0.1])
+    assert main(file, "--report") == 0
+    page = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    deviation = np.std([0.61, 0.74, 0.87], ddof=1)
+    spread = f"vanilla with other seeds: 2 cases 0.610 to 0.870 (standard deviation {deviation:.3f}, 3 seeds)"
+    assert page.index(spread) < page.index("| vanilla |")
+    assert f"| {BCP} | +0.010 ± 0.000 (2 of 3 seeds) |" in page
+    assert '"at the fork": nnU-Net\'s own training on labels alone for 1 of the\n2 epochs' in page
+    assert "\nnnunet_semiseg fork -d Dataset811_bench -c 2d -f 0 -tr nnUNetTrainer_1epochs" in page
+    with open(tmp_path / "out" / "results.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {(row["method"], row["fork_after"]) for row in rows} == {("at the fork", "0"), ("vanilla", "1"), (BCP, "1")}
+
+
+def test_curves_after_a_fork_go_on_from_it(dataset, write):
+    from matplotlib.figure import Figure
+
+    base, _, run = Benchmark(write(fork_after=3, epochs=5), "cpu").runs
+    make_results([run])
+    update_record(base.fold, validation_dice=[0.1, 0.2, 0.3])
+    update_record(run.fold, validation_dice=[0.4, 0.5])
+    for draw, runs, epochs in (
+        (draw_validation, [base], [1, 2, 3]),
+        (draw_validation, [run], [4, 5]),
+        (draw_quality, [run], [4, 5]),
+    ):
+        axes = Figure().add_subplot()
+        draw(axes, runs, {"color": "red", "label": "x"})
+        assert list(axes.lines[0].get_xdata()) == epochs
 
 
 def test_nothing_done_makes_an_empty_report(dataset, write, tmp_path):

@@ -45,6 +45,8 @@ class Run:
         budget: As FILE.json calls it.
         number: nnU-Net's fold.
         fold: Its folder in nnUNet_results.
+        base: The run whose network it starts from; None: it starts untrained.
+        shared_epochs: Those of ``base``.
     """
 
     method: str
@@ -53,6 +55,8 @@ class Run:
     number: int
     seed: int
     fold: Path
+    base: Run | None = None
+    shared_epochs: int = 0
 
     def __str__(self) -> str:
         return f"{self.method}, {self.budget}, seed {self.seed}"
@@ -60,6 +64,11 @@ class Run:
     @property
     def record(self) -> dict:
         return read_if_whole(self.fold / RECORD) or {}
+
+    @property
+    def fork(self) -> str | None:
+        """What the record says of the network that it starts from."""
+        return None if self.base is None else self.base.trainer
 
     @property
     def summary(self) -> dict | None:

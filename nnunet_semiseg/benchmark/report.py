@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from nnunet_semiseg.benchmark.quality import class_name, class_names
 from nnunet_semiseg.benchmark.records import Run, read_quality
 from nnunet_semiseg.benchmark.runs import Benchmark
-from nnunet_semiseg.benchmark.suite import ALL, VANILLA
+from nnunet_semiseg.benchmark.suite import ALL, FORK, VANILLA
 from nnunet_semiseg.evaluation.comparison import colors
 from nnunet_semiseg.files import whole, write_csv, write_json, write_text
 from nnunet_semiseg.trainers.registry import find_trainer
@@ -26,10 +26,10 @@ Style = dict[str, dict[str, Any]]
 PAGE = """\
 # {title}
 
-{overview}
+{spread}{overview}
 Mean Dice over the foreground classes of {validation} whole validation cases (nnU-Net's own validation: final
 checkpoint, sliding window, mirroring); {seeds}. vanilla is nnU-Net's own training. {state}
-
+{fork}
 ![Dice against the number of labeled cases](label_efficiency.png)
 
 ## Runs
@@ -57,11 +57,19 @@ The runs, on the folds in `splits_final.json` beside this file:
 """
 
 
-def _cell(values: list[float], wanted: int) -> str:
-    """Mean and standard deviation over the seeds."""
+FORKED = """
+Every run starts from the network of the row "{row}": nnU-Net's own training on labels alone for {shared} of the
+{epochs} epochs, one for all runs of a budget and seed. They have the other {own} epochs. Difference from vanilla of the
+same seed:
+
+{gains}"""
+
+
+def _cell(values: list[float], wanted: int, sign: str = "") -> str:
+    """Mean and standard deviation over the seeds. ``sign``: "+" writes that of a positive mean."""
     if not values:
         return "–"
-    text = f"{np.mean(values):.3f}"
+    text = f"{np.mean(values):{sign}.3f}"
     if len(values) > 1:
         text += f" ± {np.std(values, ddof=1):.3f}"
     return text if len(values) == wanted else f"{text} ({len(values)} of {wanted} seeds)"
@@ -86,10 +94,11 @@ def report(benchmark: Benchmark) -> None:
     rows = []
     for run in summaries:
         start = [run.method, run.trainer, run.budget, len(folds[run.budget]["train"]), run.number, run.seed]
+        start.append(run.shared_epochs)
         costs = [run.record.get("training_minutes", ""), "" if run.peak_gib is None else run.peak_gib]
         rows += [[*start, name, value, *costs] for name, value in {**dice[run], "mean": run.mean}.items()]
-    header = ["method", "trainer", "budget", "labeled_cases", "fold", "seed", "class", "dice", "training_minutes"]
-    write_csv(output / "results.csv", [*header, "peak_memory_gib"], rows)
+    header = ["method", "trainer", "budget", "labeled_cases", "fold", "seed", "fork_after", "class", "dice"]
+    write_csv(output / "results.csv", [*header, "training_minutes", "peak_memory_gib"], rows)
     write_json(output / "splits_final.json", list(folds.values()))
 
     style: Style = {method: dict(color=color, label=method) for method, color in zip(methods, colors(len(methods)))}
@@ -115,6 +124,8 @@ def results_page(benchmark: Benchmark, methods: list[str], dice: dict[Run, dict[
         runs.append([run.method, run.budget, str(run.seed), *numbers, *costs])
     return PAGE.format(
         title=f"{benchmark.dataset.name}, {s.configuration}",
+        spread=_spread(benchmark),
+        fork=_forked(benchmark, methods),
         overview=_table(
             ["method", *(f"{name} ({len(fold['train'])} labeled)" for name, fold in folds.items())], overview
         ),
@@ -126,8 +137,39 @@ def results_page(benchmark: Benchmark, methods: list[str], dice: dict[Run, dict[
         command=f"nnunet_semiseg benchmark {benchmark.file.name} --profile {benchmark.profile}",
         name=benchmark.file.name,
         content=benchmark.file.read_text().strip(),
-        commands="\n".join(" ".join(benchmark.command(run)).removesuffix(" --c") for run in benchmark.runs),
+        commands="\n".join(line for run in benchmark.runs for line in benchmark.command_lines(run)),
     )
+
+
+def _spread(benchmark: Benchmark) -> str:
+    """How much runs of vanilla differ by their seed alone, where several are done."""
+    found = []
+    for budget in benchmark.folds:
+        dice = [run.mean for run in benchmark.finished(VANILLA, budget)]
+        if len(dice) > 1:
+            found.append(
+                f"{budget} {min(dice):.3f} to {max(dice):.3f} (standard deviation {np.std(dice, ddof=1):.3f}, "
+                f"{len(dice)} seeds)"
+            )
+    return f"vanilla with other seeds: {'; '.join(found)}. A smaller difference says nothing.\n\n" if found else ""
+
+
+def _forked(benchmark: Benchmark, methods: list[str]) -> str:
+    """What runs have in common before a fork, and what a method gains after it; empty without a fork."""
+    s = benchmark.suite
+    if s.fork_after is None:
+        return ""
+    budgets, rows = [budget for budget in benchmark.folds if budget != ALL], []
+    for method in methods:
+        gains = []
+        for budget in budgets:
+            vanilla = {run.seed: run.mean for run in benchmark.finished(VANILLA, budget)}
+            runs = [run for run in benchmark.finished(method, budget) if run.seed in vanilla]
+            gains.append(_cell([run.mean - vanilla[run.seed] for run in runs], len(s.seeds), "+"))
+        if method not in (VANILLA, FORK):
+            rows.append([method, *gains])
+    table = _table(["method", *budgets], rows)
+    return FORKED.format(row=FORK, shared=s.shared_epochs, epochs=s.epochs, own=s.own_epochs, gains=table)
 
 
 def label_efficiency(benchmark: Benchmark, style: Style) -> None:
@@ -178,7 +220,7 @@ def draw_validation(axes: Axes, runs: list[Run], look: dict[str, Any]) -> None:
     curves = [curve for run in runs if (curve := run.record.get("validation_dice"))]
     if curves:
         mean = np.mean(curves, axis=0)
-        axes.plot(range(1, len(mean) + 1), mean, **look)
+        axes.plot(np.arange(1, len(mean) + 1) + runs[0].shared_epochs, mean, **look)
 
 
 def draw_quality(axes: Axes, runs: list[Run], look: dict[str, Any]) -> None:
@@ -196,7 +238,10 @@ def draw_quality(axes: Axes, runs: list[Run], look: dict[str, Any]) -> None:
     for network in dict.fromkeys((labeling, "student")):
         # Epochs that all seeds have.
         most = max(map(len, found[network].values()))
-        points = sorted((epoch, np.nanmean(dice)) for epoch, dice in found[network].items() if len(dice) == most)
+        shared = runs[0].shared_epochs
+        points = sorted(
+            (shared + epoch, np.nanmean(dice)) for epoch, dice in found[network].items() if len(dice) == most
+        )
         dashed: dict[str, Any] = {} if network == labeling else {"label": None, "linestyle": "--"}
         axes.plot(*zip(*points), marker=".", **{**look, **dashed})
 

@@ -16,7 +16,7 @@ from nnunet_semiseg import checkpoints
 from nnunet_semiseg.benchmark.processes import Child, OutOfTime
 from nnunet_semiseg.benchmark.quality import Snapshots
 from nnunet_semiseg.benchmark.records import RECORD, Run, read_if_whole, update_record
-from nnunet_semiseg.benchmark.suite import ALL, VANILLA, folds_of_budgets, read_suite
+from nnunet_semiseg.benchmark.suite import ALL, FORK, VANILLA, folds_of_budgets, read_suite
 from nnunet_semiseg.data.splits import make_folds, read_splits
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import Dataset, check_variables, dataset_name
@@ -26,6 +26,8 @@ from nnunet_semiseg.trainers.options import OptionError
 from nnunet_semiseg.trainers.registry import TRAINERS, find_trainer
 
 PREFIX = "nnUNetTrainer"
+# Added to the seed for the epochs before a fork: with the same one, the runs would draw their batches once more.
+FORK_SEED = 1000
 
 
 class Benchmark:
@@ -91,7 +93,7 @@ class Benchmark:
             )
         return make_folds(self.cases)[0]["val"]
 
-    def trainer(self, method: str, seed: int) -> str:
+    def trainer(self, method: str, seed: int, epochs: int) -> str:
         """The name that nnU-Net knows the trainer by.
 
         Raises:
@@ -99,7 +101,7 @@ class Benchmark:
         """
         s = self.suite
         name = (
-            f"{PREFIX}{'' if method == VANILLA else method.removeprefix(PREFIX)}_{s.epochs}epochs"
+            f"{PREFIX}{'' if method == VANILLA else method.removeprefix(PREFIX)}_{epochs}epochs"
             f"_num_iterations_per_epoch={s.iterations}_num_val_iterations_per_epoch={s.val_iterations}"
             f"_save_every=1_seed={seed}"
         )
@@ -115,19 +117,26 @@ class Benchmark:
         s, runs = self.suite, []
         for seed in s.seeds:
             for number, budget in enumerate(self.folds):
+                base = None
+                if s.fork_after is not None:
+                    trainer = self.trainer(VANILLA, seed + FORK_SEED, s.fork_after)
+                    base = Run(FORK, trainer, budget, number, seed, self._fold_folder(FORK, trainer, number))
+                    runs.append(base)
                 for method in [VANILLA] if budget == ALL else s.trainers:
-                    trainer = self.trainer(method, seed)
-                    model = f"{trainer}__{self.plans.plans_name}__{s.configuration}"
-                    if len(model) > 240:
-                        raise ValueError(
-                            f"'{method}' makes a folder name that is too long ({model}). Set fewer options"
-                        )
-                    folder = Path(str(nnUNet_results)) / self.dataset.name / model / f"fold_{number}"
-                    runs.append(Run(method, trainer, budget, number, seed, folder))
+                    trainer = self.trainer(method, seed, s.own_epochs)
+                    folder = self._fold_folder(method, trainer, number)
+                    runs.append(Run(method, trainer, budget, number, seed, folder, base, s.shared_epochs))
         twice = {run.fold for run in runs if sum(other.fold == run.fold for other in runs) > 1}
         if twice:
             raise ValueError(f"Two entries of 'trainers' are the same trainer: {twice.pop().parent.name}. Remove one")
         return runs
+
+    def _fold_folder(self, method: str, trainer: str, number: int) -> Path:
+        """Raises ValueError if nnU-Net cannot make it."""
+        model = f"{trainer}__{self.plans.plans_name}__{self.suite.configuration}"
+        if len(model) > 240:
+            raise ValueError(f"'{method}' makes a folder name that is too long ({model}). Set fewer options")
+        return Path(str(nnUNet_results)) / self.dataset.name / model / f"fold_{number}"
 
     def _refuse_other_results(self) -> None:
         """Raise ValueError where results in nnUNet_results were made with other cases than these folds have."""
@@ -140,6 +149,8 @@ class Benchmark:
         for run in self.runs:
             if not run.record and (run.started or run.summary is not None):
                 raise ValueError(f"{run.fold} holds a training that this benchmark did not start. {cure}")
+            if run.record and run.record.get("fork") != run.fork:
+                raise ValueError(f"{run.fold} was made by a benchmark with another 'fork_after'. {cure}")
 
     def write_splits(self) -> None:
         """Make splits_final.json what the folds are; another one is kept under a new name."""
@@ -161,14 +172,31 @@ class Benchmark:
         return [
             *("nnUNetv2_train", self.dataset.name, s.configuration, str(run.number)),
             *("-tr", run.trainer, "-p", s.plans, "-device", self.device),
-            *(["--c"] if run.started else []),
+            *(["--c"] if run.started or run.base is not None else []),
         ]
 
+    def fork_command(self, run: Run) -> list[str]:
+        """Of a run that does not start untrained: what makes its first checkpoint."""
+        assert run.base is not None
+        return [
+            *("nnunet_semiseg", "fork", "-d", self.dataset.name, "-c", self.suite.configuration, "-f", str(run.number)),
+            *("-tr", run.trainer, "-p", self.suite.plans, "--from", str(run.base.fold)),
+        ]
+
+    def command_lines(self, run: Run) -> list[str]:
+        """The commands of a run from its start, as a user would give them."""
+        train = " ".join(self.command(run))
+        if run.base is None:
+            return [train.removesuffix(" --c")]
+        return [" ".join(self.fork_command(run)).replace(str(nnUNet_results), "$nnUNet_results"), train]
+
     def _scoring(self, run: Run) -> list[str]:
-        command = [sys.executable, "-m", "nnunet_semiseg.cli", "benchmark", str(self.file)]
-        return [*command, "--profile", self.profile, "--score", str(run.fold)]
+        return ["nnunet_semiseg", "benchmark", str(self.file), "--profile", self.profile, "--score", str(run.fold)]
 
     def _start(self, name: str, command: list[str], log: Path) -> Child:
+        if command[0] == "nnunet_semiseg":
+            # This installation's.
+            command = [sys.executable, "-m", "nnunet_semiseg.cli", *command[1:]]
         return Child(Job(name, tuple(command), log), self.child_lock, self.device)
 
     def finished(self, method: str, budget: str) -> list[Run]:
@@ -178,8 +206,8 @@ class Benchmark:
     def run(self, deadline: float) -> int:
         """Do what is left to do until ``deadline`` (of time.monotonic); the exit code."""
         waiting = [run for run in self.runs if not run.done]
-        # What failed before comes last, so that it does not use up the time of every call.
-        waiting.sort(key=lambda run: run.record.get("failed", False))
+        # What failed before comes last, so that it does not use up the time of every call, with what starts from it.
+        waiting.sort(key=lambda run: any(of.record.get("failed", False) for of in (run.base, run) if of is not None))
         finished = len(self.runs) - len(waiting)
         print(f"{finished} of {len(self.runs)} runs are done")
         failed = False
@@ -226,12 +254,15 @@ class Benchmark:
         if begin > deadline:
             raise OutOfTime
         reached = run.reached()
-        before = update_record(run.fold, split=self.folds[run.budget], device=self.device)
+        before = update_record(run.fold, split=self.folds[run.budget], device=self.device, fork=run.fork)
         log = run.fold / "run.log"
         try:
             if run.summary is None:
-                scored = self.suite.quality_cases > 0 and run.budget != ALL
-                look = Snapshots(run.fold, self.suite.epochs).look if scored else lambda: None
+                error = self._fork(run, deadline, log)
+                if error is not None:
+                    return error
+                scored = self.suite.quality_cases > 0 and run.budget != ALL and run.method != FORK
+                look = Snapshots(run.fold, self.suite.own_epochs).look if scored else lambda: None
                 child = self._start(f"training of {run}", self.command(run), log)
                 try:
                     child.wait(deadline, look)
@@ -255,6 +286,16 @@ class Benchmark:
         finally:
             update_record(run.fold, wall_minutes=before.get("wall_minutes", 0.0) + (time.monotonic() - begin) / 60)
 
+    def _fork(self, run: Run, deadline: float, log: Path) -> str | None:
+        """Make the first checkpoint of a run that does not start untrained; what went wrong, or None."""
+        if run.base is None or run.started:
+            return None
+        if not run.base.done:
+            return f"it starts from {run.base}, which is not done"
+        child = self._start(f"fork of {run}", self.fork_command(run), log)
+        child.wait(deadline)
+        return None if run.started else _failure(log, child.exit_code)
+
 
 def _failure(log: Path, exit_code: int | None) -> str:
     return f"{exit_reason(exit_code or 0)}. {end_of(log)}"
@@ -266,4 +307,5 @@ def dry_run(benchmark: Benchmark) -> None:
         print(f"Fold {number}, {name}: " + ", ".join(f"{len(cases)} {key}" for key, cases in fold.items()))
     for i, run in enumerate(benchmark.runs, 1):
         state = "done" if run.done else "to continue" if run.started else "to do"
-        print(f"[{i}/{len(benchmark.runs)}] {run}: {state}\n    {' '.join(benchmark.command(run))}")
+        lines = [" ".join(benchmark.command(run))] if run.started else benchmark.command_lines(run)
+        print("\n    ".join([f"[{i}/{len(benchmark.runs)}] {run}: {state}", *lines]))

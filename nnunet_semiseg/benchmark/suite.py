@@ -13,6 +13,8 @@ import numpy as np
 from nnunet_semiseg.files import read_json
 
 VANILLA, ALL = "vanilla", "all labels"
+# The row of the networks that all other runs start from.
+FORK = "at the fork"
 # Whether a key's value is of the kind that it has to be.
 Check = Callable[[Any], bool]
 
@@ -48,6 +50,7 @@ _VALID = {
     "epochs": _COUNT,
     "iterations": _COUNT,
     "val_iterations": _COUNT,
+    "fork_after": (lambda v: v is None or _number(1)(v), "a number of epochs, less than 'epochs'"),
     "all_labels": (lambda v: isinstance(v, bool), "true or false"),
     "quality_cases": (_number(0), "a whole number; 0 turns the scoring of pseudo labels off"),
 }
@@ -69,8 +72,19 @@ class Suite:
     epochs: int = 1000
     iterations: int = 250
     val_iterations: int = 50
+    fork_after: int | None = None
     all_labels: bool = True
     quality_cases: int = 8
+
+    @property
+    def shared_epochs(self) -> int:
+        """Epochs on labels alone that the runs of a budget and seed have in common."""
+        return self.fork_after or 0
+
+    @property
+    def own_epochs(self) -> int:
+        """Epochs of each run, after the fork if there is one."""
+        return self.epochs - self.shared_epochs
 
 
 def read_suite(file: Path) -> Suite:
@@ -96,7 +110,13 @@ def read_suite(file: Path) -> Suite:
     for field in fields(Suite):
         if field.default is MISSING and field.name not in content:
             raise ValueError(f"{file}: the key '{field.name}' is missing. It has to be {_VALID[field.name][1]}")
-    return Suite(**content)
+    suite = Suite(**content)
+    if suite.own_epochs < 1:
+        raise ValueError(
+            f"{file}: 'fork_after' is {suite.fork_after}, but has to be less than 'epochs', {suite.epochs}: the runs "
+            "have the epochs that are left"
+        )
+    return suite
 
 
 def folds_of_budgets(

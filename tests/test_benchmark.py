@@ -382,7 +382,7 @@ def test_nothing_starts_from_a_training_that_failed(dataset, write, pretend, cap
 
 @pytest.mark.slow
 def test_a_forked_matrix(dataset, write, tmp_path, capsys):
-    file = write(fork_after=1, epochs=3, trainers=["vanilla", "CutMix", "CPS"])
+    file = write(fork_after=1, epochs=3, trainers=["vanilla", "CutMix"])
     assert main(file) == 0, capsys.readouterr().out
     base, *runs = Benchmark(file, "cpu").runs
     for run in runs:

@@ -95,7 +95,7 @@ def test_student_and_teacher_are_the_model_and_phase_2_begins_at_once(model, con
     log = "".join(file.read_text() for file in Path(trainer.output_folder).glob("training_log*"))
     assert f"Starts from {source}" in log
     if method != "MeanTeacher_predict_with=teacher":
-        assert "phase 2 begins at once" in log and "Phase 2 begins at epoch 0" in log
+        assert "The run starts without pretraining\n" in log and "Phase 2 begins at epoch 0" in log
 
 
 def test_a_forked_training_runs_and_restarts_as_any_other(model, make_trainer, continued):
@@ -146,7 +146,9 @@ def test_two_networks_from_one_model_come_apart(model, continued, method, capsys
     assert fork(name, source) == 0
     printed = capsys.readouterr().out
     assert "--from: both networks start from them" in printed
-    assert "0.2 is reached, because the model lacks the second network's segmentation layers" in printed
+    assert (
+        "phase 2 waits for min_recall 0.2, because the model lacks the second network's segmentation layers" in printed
+    )
     trainer = continued(name)
     first, second = trainer.network, trainer.companions["second"]
     assert same(first, weights) and same(second, weights, but=["seg_layers"]) and not same(second, weights)
@@ -198,13 +200,13 @@ def test_folds_of_second_networks_lead_back():
     assert first_fold("somewhere") is first_fold("fold_x") is None
 
 
-def test_untrained_heads_wait_for_their_recall(model, continued, capsys):
+def test_untrained_heads_have_their_time_on_labels_alone(model, continued, capsys):
     name = f"nnUNetTrainerCoraNet{OWN}"
     assert fork(name, model()) == 0
-    assert "because the model lacks heads" in capsys.readouterr().out
+    assert "The run starts with pretraining, because the model lacks heads\n" in capsys.readouterr().out
     trainer = continued(name)
-    assert not trainer.schedule.knows_classes and trainer.schedule.pretraining == 0
-    # Without unlabeled data there is nothing to wait for.
+    # min_recall is that of the main branch, which is trained.
+    assert trainer.schedule.knows_classes and trainer.schedule.pretraining == 0.1 and not trainer.uses_unlabeled()
     name = f"nnUNetTrainerDTC{OWN}"
     assert fork(name, model()) == 0
     assert "The run starts with warm_up, because the model lacks distance" in capsys.readouterr().out
@@ -214,7 +216,7 @@ def test_untrained_heads_wait_for_their_recall(model, continued, capsys):
 def test_a_model_that_does_not_find_a_class_is_not_trusted(model, continued, capsys):
     name = f"nnUNetTrainerCutMix{OWN}"
     assert fork(name, model(dice=(0.9, 0.1))) == 0
-    assert "as soon as min_recall 0.3 is reached, because the model's Dice is core 0.100" in capsys.readouterr().out
+    assert "; phase 2 waits for min_recall 0.3, because the model's Dice is core 0.100" in capsys.readouterr().out
     assert not continued(name).schedule.knows_classes
     name = f"nnUNetTrainerCutMix{TWO_PHASES}{OWN}"
     assert fork(name, model(dice=(0.9, 0.1))) == 0

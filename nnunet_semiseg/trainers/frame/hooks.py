@@ -218,21 +218,21 @@ class MethodHooks(Part):
             second: Weights of another trained network, for the second one.
             dice: As of ``Schedule.fork``.
         """
-        untrained = []
+        students = []
         if self.has_second_network():
             if second is not None and self.second_segments:
                 self._second.module.load_state_dict(second)
             elif self._second.take_pretrained_weights(self.network if second is None else second, "--from"):
-                untrained.append("the second network's segmentation layers")
+                students.append("the second network's segmentation layers")
             else:
-                untrained.append("a second network")
+                students.append("a second network")
         self._teachers_start()
-        untrained += [
+        others = [
             name
             for name, module in self.companions.items()
             if name != "second" and any(p.requires_grad for p in module.parameters())
         ]
-        self.schedule.fork(untrained, dice)
+        self.schedule.fork(students, others, dice)
 
     def _teachers_start(self) -> None:
         """As copies of their students."""

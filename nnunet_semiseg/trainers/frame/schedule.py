@@ -65,11 +65,12 @@ class Schedule:
     def end(self) -> None:
         """Called at the end of the training."""
 
-    def fork(self, untrained: list[str], dice: Sequence[float]) -> None:
+    def fork(self, students: list[str], others: list[str], dice: Sequence[float]) -> None:
         """Called before a training that starts from trained networks.
 
         Args:
-            untrained: Names of the networks that start untrained nevertheless, or without segmentation layers.
+            students: What of the students starts untrained nevertheless, in words.
+            others: Names of the other networks that do, heads say, which are in no supervised model.
             dice: What the trained networks reached in each class, the worst of them; empty if nobody knows.
         """
 
@@ -93,9 +94,9 @@ class RampUp(Schedule):
         warm_up = 0.0 if self.forked and options.warm_up < 1 else options.warm_up
         return ramp_up_between(self.trainer.progress, warm_up, options.ramp_up)
 
-    def fork(self, untrained: list[str], dice: Sequence[float]) -> None:
-        self.forked = not untrained
-        stays = f"with warm_up, because the model lacks {', '.join(untrained)}"
+    def fork(self, students: list[str], others: list[str], dice: Sequence[float]) -> None:
+        self.forked = not (students or others)
+        stays = f"with warm_up, because the model lacks {', '.join(students + others)}"
         self.trainer.print_to_log_file(f"The run starts {'without warm_up' if self.forked else stays}")
 
 
@@ -106,8 +107,8 @@ class TwoPhases(Schedule):
     ``min_recall`` by all students: pseudo labels of a network that does not find a class yet teach that there is none.
     Recall is that of the last epoch; of a class which that epoch's patches lack, that of the last epoch with it.
 
-    From trained networks, it starts with the first step. If one of them starts untrained, or did not find a class, it
-    starts when ``min_recall`` is reached, without ``pretraining``.
+    From trained networks, it starts with the first step. If a student starts untrained, or did not find a class, it
+    waits for ``min_recall``; if another network does, whose recall nobody counts, for ``pretraining``.
     """
 
     OF_THIS_RUN = ("phase_2_start", "forked")
@@ -202,21 +203,22 @@ class TwoPhases(Schedule):
                 + ("pretraining" if self.knows_classes else "min_recall")
             )
 
-    def fork(self, untrained: list[str], dice: Sequence[float]) -> None:
+    def fork(self, students: list[str], others: list[str], dice: Sequence[float]) -> None:
         trainer, min_recall = self.trainer, self.trainer.options.min_recall
-        self.forked = True
+        self.forked = not others
         if not trainer.needs_unlabeled():
             return
         reasons = []
         if not self.knows_classes:
             # NaN: there was no such class.
             low = [f"{name} {value:.3f}" for name, value in zip(trainer.class_names, dice) if not value >= min_recall]
-            reasons += [f"the model lacks {', '.join(untrained)}"] if untrained else []
+            reasons += [f"the model lacks {', '.join(students)}"] if students else []
             reasons += [f"the model's Dice is {', '.join(low)}"] if low else []
             self.knows_classes = not reasons
-        waits = f"as soon as min_recall {min_recall} is reached, because {'; '.join(reasons)}"
+        stays = f"with pretraining, because the model lacks {', '.join(others)}"
+        waits = f"; phase 2 waits for min_recall {min_recall}, because {'; '.join(reasons)}"
         trainer.print_to_log_file(
-            f"The run starts without pretraining; phase 2 begins {waits if reasons else 'at once'}"
+            f"The run starts {'without pretraining' if self.forked else stays}{waits if reasons else ''}"
         )
 
     def state(self) -> dict:

@@ -1,6 +1,7 @@
 """Stock nnU-Net finds the trainers right after an install, from anywhere."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -123,6 +124,47 @@ def test_damaged_install_is_silent_at_start_up(tmp_path, damage):
     code = f"import site; site.addsitedir({str(site)!r}); print('alive')"
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (result.stdout.strip(), result.stderr) == ("alive", "")
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """What scripts/pack_offline.sh packs, without wheels."""
+    folder = tmp_path / "archive"
+    (folder / "wheels").mkdir(parents=True)
+    (folder / "names.txt").touch()
+    (folder / "python.txt").write_text(".".join(map(str, sys.version_info[:2])) + "\n")
+    (folder / "install.sh").write_text((REPOSITORY / "scripts" / "install_offline.sh").read_text())
+    return folder
+
+
+def install_offline(archive, folder, executable=sys.executable):
+    command = ["bash", str(archive / "install.sh"), str(folder), str(executable)]
+    clean = {k: v for k, v in os.environ.items() if k not in ("nnUNet_extTrainer", "PYTHONPATH")}
+    return subprocess.run(command, capture_output=True, text=True, env=clean, cwd=archive)
+
+
+@pytest.mark.slow
+def test_offline_install_finds_trainers_beside_the_torch_that_is_there(archive, wheel, tmp_path):
+    shutil.copy(wheel, archive / "wheels")
+    result = install_offline(archive, tmp_path / "env")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = python(tmp_path / "env" / "bin" / "python", FIND.format(names=["nnUNetTrainerCoraNet"]), tmp_path)
+    assert str(tmp_path / "env") in found.stdout, found.stderr
+
+
+def test_offline_install_says_what_is_wrong_with_the_python(archive, tmp_path):
+    without_torch = tmp_path / "python"
+    without_torch.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    without_torch.chmod(0o755)
+    result = install_offline(archive, tmp_path / "env", without_torch)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        f"Error: {without_torch} cannot import torch and torchvision (No module named 'torch')"
+    )
+    (archive / "python.txt").write_text("3.7\n")
+    result = install_offline(archive, tmp_path / "env")
+    assert result.returncode == 1 and result.stderr.startswith("Error: the archive is for Python 3.7, but ")
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "env").exists()
 
 
 def test_wheel_has_the_pth_file_and_one_file_in_discovery(wheel):

@@ -39,5 +39,9 @@ install=("$folder/bin/python" -m pip install -q --disable-pip-version-check --no
 "${install[@]}" -r "$here/names.txt" "$here"/wheels/nnunet_semiseg-*.whl
 # Also if PYTHON has another version of it.
 "${install[@]}" --no-deps --force-reinstall "$here"/wheels/nnunet_semiseg-*.whl
-env -u PYTHONPATH "$folder/bin/nnunet_semiseg" doctor
-echo "Done: source $folder/bin/activate"
+"$folder/bin/python" - <<'END'
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+recursive_find_trainer_class_by_name("nnUNetTrainerMeanTeacher")
+END
+echo "nnU-Net finds the trainers. Next: source $folder/bin/activate && nnunet_semiseg doctor"

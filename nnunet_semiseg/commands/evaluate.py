@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name, dataset_reader
+from nnunet_semiseg.evaluation import flare
 from nnunet_semiseg.evaluation.cases import RESULTS, TABLE, evaluate_files, write_results
 from nnunet_semiseg.evaluation.metrics import METRICS, TOLERANCE, Rules
 from nnunet_semiseg.evaluation.statistics import Summary
@@ -27,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     labels.add_argument("-djfile", "--dataset-json", metavar="FILE", help="a dataset.json, for its labels")
     labels.add_argument("--labels", nargs="+", help="the labels: 1 2 3, or with names: liver=1 kidneys=2,3 ignore=255")
+    labels.add_argument(
+        "--preset",
+        choices=tuple(flare.PRESETS),
+        help="the labels, tolerances and rules of a FLARE challenge, computed as its script does",
+    )
+    parser.add_argument("--corrected", action="store_true", help="with --preset: without the slips of the script")
     parser.add_argument("-o", metavar="OUT", help="folder for evaluation.csv and evaluation.json (default: PREDICTION)")
     parser.add_argument(
         "--tolerance",
@@ -57,8 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    classes, ending, reader = _classes(args)
-    rules = Rules(tolerances(args.tolerance, classes), args.unit, args.both_empty, args.one_empty)
+    if args.preset:
+        classes, rules = _preset(args)
+        ending, reader = ".nii.gz", SimpleITKIO
+    elif args.corrected:
+        raise ValueError("--corrected is for a --preset. Give one, or leave --corrected out")
+    else:
+        classes, ending, reader = _classes(args)
+        rules = Rules(tolerances(args.tolerance, classes), args.unit, args.both_empty, args.one_empty)
     files = _pairs(find_files(args.g, ending), find_files(args.p, ending), args)
     patients = patients_of(files, args.patient) if args.patient else None
     output = Path(args.o or args.p)
@@ -76,8 +91,28 @@ def run(args: argparse.Namespace) -> int:
     settings = {"ground_truth": str(args.g), "prediction": str(args.p), "patient": args.patient}
     summary = write_results(output, records, classes, rules, patients, settings)
     print(page(records, summary, classes, rules))
-    print(f"\nWritten to {output / TABLE} and {output / RESULTS}")
+    written = [output / TABLE, output / RESULTS]
+    if rules.challenge:
+        scores = flare.write_scores(output, records, rules.challenge)
+        print(f"\nOrgan_DSC {scores['Organ_DSC']:.4f}, Organ_NSD {scores['Organ_NSD']:.4f} by the rules of {args.preset}")
+        written += [output / flare.CASES, output / flare.SCORES]
+    print(f"\nWritten to {', '.join(map(str, written[:-1]))} and {written[-1]}")
     return 0
+
+
+def _preset(args: argparse.Namespace) -> tuple[Classes, Rules]:
+    """The classes and rules of a challenge; only the unit of distances is open."""
+    given = {
+        "--tolerance": args.tolerance,
+        "--both-empty": args.both_empty != "leave-out",
+        "--one-empty": args.one_empty != "diagonal",
+        "--chill": args.chill,
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise ValueError(f"--preset {args.preset} has rules of its own. Leave {option} out")
+    classes, rules = flare.preset_rules(args.preset, args.corrected)
+    return classes, replace(rules, unit=args.unit)
 
 
 def _classes(args: argparse.Namespace) -> tuple[Classes, str | None, type | None]:
@@ -171,7 +206,7 @@ def _pairs(
     if extra and not args.chill:
         raise CaseError(
             f"{truths[extra[0]]} has no prediction in {args.p} ({len(extra)} of {len(truths)} cases have none). "
-            "Predict them, or evaluate only those that are there with --chill"
+            f"Predict them{'' if args.preset else ', or evaluate only those that are there with --chill'}"
         )
     return {case: (truths[case], predictions[case]) for case in predictions}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_semiseg.datasets import CaseError
+from nnunet_semiseg.evaluation import flare
 from nnunet_semiseg.evaluation.metrics import METRICS, Rules, case_metrics
 from nnunet_semiseg.evaluation.statistics import Summary, summarize
 from nnunet_semiseg.files import read_json, write_csv, write_json
@@ -55,7 +56,7 @@ def evaluate_files(
         if records[case] is None:
             jobs[case] = (case, *pair, classes, rules, part, key, reader)
     if jobs:
-        for result in (TABLE, RESULTS):
+        for result in (TABLE, RESULTS, flare.CASES, flare.SCORES):
             (output / result).unlink(missing_ok=True)
     done, failures = over_cases(evaluate_case, jobs, processes, "Evaluating", done=len(files) - len(jobs))
     records |= done
@@ -99,23 +100,37 @@ def evaluate_case(
     Raises:
         CaseError: naming the file that is damaged or has unknown labels, or the two that do not fit.
     """
-    truth, geometry = read_labels(truth_file, classes.known, reader)
-    prediction, predicted = read_labels(prediction_file, classes.known, reader)
+    warnings = []
+    as_the_script = rules.challenge is not None and rules.challenge.slips
+    if rules.challenge is not None and as_the_script:
+        truth, geometry = flare.read_as_the_script(truth_file, rules.challenge.preset)
+        prediction, predicted = flare.read_as_the_script(prediction_file, rules.challenge.preset)
+    else:
+        truth, geometry = read_labels(truth_file, classes.known, reader)
+        prediction, predicted = read_labels(prediction_file, classes.known, reader)
     if np.squeeze(truth).ndim > 3:
         raise CaseError(f"{truth_file} is {truth.ndim}D. Split it into one file for each time point")
+    if rules.challenge is not None and truth.ndim != 3:
+        raise CaseError(f"{truth_file} is {truth.ndim}D. The rules of {rules.challenge.preset} are for 3D label maps")
     difference = geometry_difference(geometry, predicted)
-    if difference:
+    if difference and as_the_script and truth.shape == prediction.shape:
+        warnings.append(f"{truth_file} and {prediction_file} have different {difference}; the script takes no notice")
+    elif difference:
         raise CaseError(
             f"{truth_file} and {prediction_file} have different geometry: {difference}. Predict the image that the "
             "ground truth belongs to, or resample the prediction to it"
         )
+    try:
+        metrics = case_metrics(truth, prediction, geometry.spacing, classes, rules)
+    except CaseError as error:
+        raise CaseError(f"{truth_file}: {error}") from None
     record = {
         "case": case,
         "reference_file": str(truth_file),
         "prediction_file": str(prediction_file),
         "spacing": geometry.spacing,
-        "metrics": case_metrics(truth, prediction, geometry.spacing, classes, rules),
-        "warnings": [g.warning for g in (geometry, predicted) if g.warning],
+        "metrics": metrics,
+        "warnings": [*warnings, *(g.warning for g in (geometry, predicted) if g.warning)],
     }
     write_json(part, {"key": key, "record": record})
     return record

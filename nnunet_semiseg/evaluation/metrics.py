@@ -21,6 +21,7 @@ from scipy.ndimage import find_objects
 from scipy.spatial import KDTree
 from skimage.measure import marching_cubes, mesh_surface_area
 
+from nnunet_semiseg.datasets import CaseError
 from nnunet_semiseg.segmentations import Classes
 
 OVERLAP = ("Dice", "Jaccard", "Precision", "Recall")
@@ -28,6 +29,25 @@ DISTANCES = ("HD", "HD95", "ASSD", "HD95_pooled", "ASD")
 METRICS = (*OVERLAP, *DISTANCES, "NSD")
 # Of NSD in mm, unless another one is asked for.
 TOLERANCE = 2.0
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """What a challenge's script does beyond the metrics' definitions.
+
+    Args:
+        preset: Its name.
+        in_slices: Classes that are evaluated only in the slices (of the first axis) from the first to the last one in
+            which the truth has them. What the prediction has elsewhere does not count.
+        lowest_dice: NSD is 0 where Dice is lower.
+        slips: Whether to do as the script does where that can hardly be meant: it leaves out the last of the slices,
+            rounds Dice and NSD to 4 decimals, and casts voxels to a small type.
+    """
+
+    preset: str
+    in_slices: tuple[str, ...]
+    lowest_dice: float
+    slips: bool
 
 
 @dataclass(frozen=True)
@@ -40,12 +60,15 @@ class Rules:
         both_empty: A class that neither map has: "leave-out", or "perfect" (overlap and NSD 1, distances 0).
         one_empty: A class that only one of the maps has, with overlap and NSD 0: distances are the "diagonal" of the
             image, or "leave-out".
+        challenge: Whose rules apply, for 3D label maps; an axis with a single slice is an axis then. None for no
+            challenge's.
     """
 
     tolerances: tuple[float, ...]
     unit: str = "mm"
     both_empty: str = "leave-out"
     one_empty: str = "diagonal"
+    challenge: Challenge | None = None
 
 
 def case_metrics(
@@ -57,15 +80,23 @@ def case_metrics(
         truth: Label map, 1D to 3D. Its ignored voxels are left out of everything.
         prediction: Label map of the same shape. Voxels with the ignore label are of no class.
         spacing: One for each axis.
+
+    Raises:
+        CaseError: naming the class, if the challenge's script fails on it.
     """
-    spacing = tuple(float(s) for s, size in zip(spacing, truth.shape) if size > 1)
-    truth, prediction = np.squeeze(truth), np.squeeze(prediction)
+    challenge = rules.challenge
+    if challenge is None:
+        spacing = tuple(float(s) for s, size in zip(spacing, truth.shape) if size > 1)
+        truth, prediction = np.squeeze(truth), np.squeeze(prediction)
     units = spacing if rules.unit == "mm" else (1.0,) * truth.ndim
     diagonal = float(np.linalg.norm(np.multiply(truth.shape, units))) if rules.one_empty == "diagonal" else None
     boxes = [find_objects(labels) for labels in (truth, prediction)]
     results = {}
     for name, labels, members, tolerance in zip(classes.names, classes.values, classes.membership(), rules.tolerances):
-        crop = _union([box for found in boxes for v in labels if v <= len(found) and (box := found[v - 1])], truth.ndim)
+        own, others = ([box for v in labels if v <= len(found) and (box := found[v - 1])] for found in boxes)
+        crop = _union([*own, *others], truth.ndim)
+        if challenge and name in challenge.in_slices and own and others:
+            crop = (_slices(own, name, challenge), *crop[1:])
         true, predicted = members[truth[crop]], members[prediction[crop]]
         ignored = None
         if classes.ignore is not None:
@@ -77,7 +108,7 @@ def case_metrics(
             values = {
                 **overlap(tp, fp, fn),
                 **distance_metrics(*surface_distances(predicted, true, units, ignored)),
-                "NSD": surface_dice(predicted, true, spacing, tolerance, ignored),
+                "NSD": surface_dice(predicted, true, spacing, tolerance, ignored, exact=challenge is not None),
             }
         elif n_ref or n_pred:
             values = {**dict.fromkeys(METRICS, 0.0), **dict.fromkeys(DISTANCES, diagonal)}
@@ -85,6 +116,11 @@ def case_metrics(
             values = {**dict.fromkeys(METRICS, 1.0), **dict.fromkeys(DISTANCES, 0.0)}
         else:
             values = dict.fromkeys(METRICS)
+        if challenge:
+            if values["Dice"] < challenge.lowest_dice:
+                values["NSD"] = 0.0
+            if challenge.slips:
+                values |= {metric: float(np.round(values[metric], 4)) for metric in ("Dice", "NSD")}
         results[name] = {"TP": tp, "FP": fp, "FN": fn, "n_ref": n_ref, "n_pred": n_pred, **values}
     return results
 
@@ -94,6 +130,17 @@ def _union(boxes: list[tuple[slice, ...]], ndim: int) -> tuple[slice, ...]:
     if not boxes:
         return (slice(0, 0),) * ndim
     return tuple(slice(max(0, min(s.start for s in axis) - 1), max(s.stop for s in axis) + 1) for axis in zip(*boxes))
+
+
+def _slices(own: list[tuple[slice, ...]], name: str, challenge: Challenge) -> slice:
+    """The slices of the first axis in which a class is evaluated, from the boxes of its labels in the truth."""
+    first, end = min(box[0].start for box in own), max(box[0].stop for box in own) - challenge.slips
+    if first == end:
+        raise CaseError(
+            f"{name} is in a single slice, on which {challenge.preset}'s script fails: it leaves out the last one. "
+            "Evaluate with --corrected"
+        )
+    return slice(first, end)
 
 
 def overlap(tp: int, fp: int, fn: int) -> dict[str, float]:
@@ -167,16 +214,20 @@ def surface_dice(
     spacing: tuple[float, ...],
     tolerance: float,
     ignored: np.ndarray | None = None,
+    exact: bool = False,
 ) -> float | None:
     """Normalized surface Dice: the share of both surfaces' area that is within ``tolerance`` mm of the other surface.
 
     Nikolov et al. 2018, https://arxiv.org/abs/1809.04430. The distance is that between elements' blocks.
 
+    Args:
+        exact: Without room for the rounding of spacings, as DeepMind's surface-distance has it.
+
     Returns:
         0 to 1; None if a mask has no surface, because ignored voxels enclose it.
     """
     # Spacings in files are rounded; without some room, three voxels of 0.7 mm would not be within 2.1 mm.
-    limit = tolerance * (1 + 1e-6)
+    limit = np.nextafter(tolerance, np.inf) if exact else tolerance * (1 + 1e-6)
     codes = [_surface_elements(mask, ignored) for mask in (prediction, truth)]
     if not all(map(np.any, codes)):
         return None

@@ -1,0 +1,256 @@
+"""The presets of the FLARE challenges give what their scripts give, and FLARE22's ranking."""
+
+import csv
+import json
+from collections import OrderedDict
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import write_image
+
+from dataset_conversion import Dataset504_FLARE22
+from nnunet_semiseg import cli
+from nnunet_semiseg.evaluation import flare
+
+SPACING = (0.8, 0.8, 2.5)
+SHAPE = (14, 30, 28)  # z, y, x
+TOLERANCES = (5, 3, 3, 5, 2, 2, 2, 2, 2, 3, 5, 7, 3)
+PRESETS = ("flare22", "flare23", "flare24")
+
+
+def organs(seed, number=13):
+    """Boxes of random size in random places, one for each label."""
+    random = np.random.RandomState(seed)
+    labels = np.zeros(SHAPE, dtype=np.int16)
+    for label in range(1, number + 1):
+        low = [random.randint(0, s - 6) for s in SHAPE]
+        labels[tuple(slice(a, a + random.randint(3, 9)) for a in low)] = label
+    return labels
+
+
+def moved(labels, seed):
+    random = np.random.RandomState(seed)
+    result = np.roll(labels, random.randint(-1, 2, 3), (0, 1, 2))
+    noise = random.uniform(size=labels.shape) < 0.02
+    result[noise] = random.randint(0, 14, noise.sum())
+    return result
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Ground truth and predictions with every kind of case that the scripts treat in a way of their own."""
+    truth, prediction = tmp_path / "truth", tmp_path / "prediction"
+    for seed, case in enumerate(("a", "b", "c")):
+        reference = organs(seed)
+        predicted = moved(reference, seed)
+        if case == "b":
+            # The spleen is in neither, the liver in the prediction alone, the pancreas in the truth alone, and the
+            # stomach far from where it is; the aorta goes on where the truth has none.
+            for labels in (reference, predicted):
+                labels[np.isin(labels, (1, 3, 4, 11))] = 0
+            predicted[0, 0, :5] = 1
+            reference[5:7, :4, :4] = 4
+            reference[2:6, 20:26, 1:7] = 11
+            predicted[5:9, 24:30, 5:11] = 11
+            predicted[:, 12:15, 12:15] = 5
+            reference[4:9, 12:15, 12:15] = 5
+        if case == "c":
+            # 269 and 270 are 13 and 14 in a byte.
+            predicted[predicted == 13] = 269
+            predicted[0, -4:, -4:] = 270
+        write_image(reference, truth / f"{case}.nii.gz", SPACING)
+        write_image(predicted.astype(np.float32) + 0.25 * (case == "a"), prediction / f"{case}.nii.gz", SPACING)
+    return truth, prediction
+
+
+def evaluate(folders, output, *options):
+    truth, prediction = folders
+    return cli.main(["evaluate", "-g", str(truth), "-p", str(prediction), "-o", str(output), "-np", "1", *options])
+
+
+def table(output):
+    with open(output / "DSC_NSD.csv") as file:
+        return [
+            {key: value if key == "Name" else float(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def literal(truth_file, prediction_file, preset, drop_last=True, digits=4):
+    """DSC and NSD of a case, rule by rule."""
+    surface_distance = pytest.importorskip("surface_distance")
+    image = nibabel.load(truth_file)
+    spacing = image.header.get_zooms()
+    kind = np.int8 if preset == "flare23" else np.uint8
+    reference = image.get_fdata().astype(np.int64).astype(kind)
+    predicted = nibabel.load(prediction_file).get_fdata().astype(np.int64).astype(kind)
+    lowest = {"flare22": 0, "flare23": 0.2, "flare24": 0.2}[preset]
+    dice, surface = [], []
+    for label, tolerance in enumerate((*TOLERANCES, 2) if preset == "flare23" else TOLERANCES, 1):
+        a, b = reference == label, predicted == label
+        if not a.any() and not b.any():
+            values = 1.0, 1.0
+        elif not a.any() or not b.any():
+            values = 0.0, 0.0
+        else:
+            if label in (5, 6, 10):
+                slices = np.where(a)[2]
+                a, b = (x[:, :, slices.min() : slices.max() + (not drop_last)] for x in (a, b))
+            score = 2 * (a & b).sum() / (a.sum() + b.sum())
+            if score < lowest or not b.any():
+                values = score, 0.0
+            else:
+                distances = surface_distance.compute_surface_distances(a, b, spacing)
+                values = score, surface_distance.compute_surface_dice_at_tolerance(distances, tolerance)
+        dice.append(np.round(values[0], digits))
+        surface.append(np.round(values[1], digits))
+    return dice, surface
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_value_is_that_of_the_rules_read_literally(folders, tmp_path, preset):
+    truth, prediction = folders
+    assert evaluate(folders, tmp_path / "out", "--preset", preset) == 0
+    names = [abbreviation for _, abbreviation, _ in flare.PRESETS[preset][0]]
+    rows = table(tmp_path / "out")
+    assert [row["Name"] for row in rows] == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert list(rows[0]) == ["Name", *(f"{n}_DSC" for n in names), *(f"{n}_NSD" for n in names)]
+    for row in rows:
+        dice, surface = literal(truth / row["Name"], prediction / row["Name"], preset)
+        assert [row[f"{name}_DSC"] for name in names] == dice
+        assert [row[f"{name}_NSD"] for name in names] == surface
+    b = rows[1]
+    assert (b["Spleen_DSC"], b["Spleen_NSD"]) == (1, 1) and (b["Liver_DSC"], b["Pancreas_NSD"]) == (0, 0)
+    # The prediction goes on above and below, where the truth has no aorta.
+    assert b["Aorta_DSC"] == pytest.approx(1, abs=0.05)
+    assert 0 < b["Stomach_DSC"] < 0.2 and (b["Stomach_NSD"] == 0) == (preset != "flare22")
+    assert rows[2]["LK_DSC"] > 0
+    if preset == "flare23":
+        assert rows[2]["Lesion_DSC"] == 0 and b["Lesion_DSC"] == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_means_are_rounded_where_the_script_rounds_them(folders, tmp_path, capsys, preset):
+    assert evaluate(folders, tmp_path / "out", "--preset", preset) == 0
+    rows = table(tmp_path / "out")
+    scores = OrderedDict(line.split(": ") for line in (tmp_path / "out" / "scores.txt").read_text().splitlines())
+    means = {key: np.mean([row[key] for row in rows]) for key in rows[0] if key != "Name"}
+    if preset == "flare23":
+        means = {key: np.round(mean, 4) for key, mean in means.items()}
+    for short in ("DSC", "NSD"):
+        organ = np.mean([mean for key, mean in means.items() if key.endswith(short) and "Lesion" not in key])
+        assert scores[f"Organ_{short}"] == f"{organ:.4f}"
+        assert f"Organ_{short} {organ:.4f}" in capsys.readouterr().out or short == "NSD"
+    assert {key: f"{mean:.4f}" for key, mean in means.items()} == {k: v for k, v in scores.items() if "Organ" not in k}
+
+
+def test_rounding_the_means_of_classes_changes_the_mean():
+    # Of 13 organs, one has the mean 0.00005, which becomes 0 (half to even), and twelve have 0.00015: 0.0002 or 0.0001.
+    organs = [name for name, *_ in flare.ORGANS]
+    value = {name: 0.0003 if i else 0.0001 for i, name in enumerate(organs)}
+    records = [
+        {"case": case, "metrics": {name: {"Dice": scale * v, "NSD": 0.0} for name, v in (value | {"lesion": 1}).items()}}
+        for case, scale in (("a", 1), ("b", 0))
+    ]
+    expected = {}
+    for preset in ("flare22", "flare23"):
+        means = [np.mean([value[name], 0]) for name in organs]
+        expected[preset] = np.mean(np.round(means, 4) if preset == "flare23" else means)
+    assert expected["flare22"] != pytest.approx(expected["flare23"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_corrected_keeps_the_last_slice_and_every_digit(folders, tmp_path, preset):
+    truth, prediction = folders
+    for case in "ac":
+        labels = np.asarray(nibabel.load(truth / f"{case}.nii.gz").dataobj).T
+        write_image(moved(labels, 7).astype(np.uint8), prediction / f"{case}.nii.gz", SPACING)
+    assert evaluate(folders, tmp_path / "out", "--preset", preset, "--corrected") == 0
+    names = [abbreviation for _, abbreviation, _ in flare.PRESETS[preset][0]]
+    for row in table(tmp_path / "out"):
+        dice, surface = literal(truth / row["Name"], prediction / row["Name"], preset, drop_last=False, digits=15)
+        assert [row[f"{name}_DSC"] for name in names] == pytest.approx(dice, rel=1e-12)
+        assert [row[f"{name}_NSD"] for name in names] == pytest.approx(surface, rel=1e-9)
+    settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"]["challenge"]
+    assert settings["preset"] == preset and settings["slips"] is False
+
+
+def test_the_tolerance_is_compared_without_room_for_rounding(tmp_path):
+    """0.6 in single precision is a little more than 0.6: five voxels of it are not within 3 mm for the script."""
+    truth, prediction = tmp_path / "truth", tmp_path / "prediction"
+    labels = np.zeros((6, 20, 20), dtype=np.uint8)
+    labels[2:4, 5:10, 5:10] = 3
+    predicted = np.roll(labels, 5, 2)
+    write_image(labels, truth / "a.nii.gz", (0.6, 0.6, 0.6))
+    write_image(predicted, prediction / "a.nii.gz", (0.6, 0.6, 0.6))
+    for file in (truth / "a.nii.gz", prediction / "a.nii.gz"):
+        assert nibabel.load(file).header.get_zooms()[0] > 0.6
+    assert evaluate((truth, prediction), tmp_path / "out", "--preset", "flare22") == 0
+    (row,) = table(tmp_path / "out")
+    assert row["Spleen_NSD"] == literal(truth / "a.nii.gz", prediction / "a.nii.gz", "flare22")[1][2]
+
+
+def test_organs_are_those_of_the_converted_data_set():
+    assert tuple(name for name, *_ in flare.ORGANS) == Dataset504_FLARE22.ORGANS
+    assert tuple(tolerance for *_, tolerance in flare.ORGANS) == TOLERANCES
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def error(capsys, folders, output, *options):
+    assert evaluate(folders, output, *options) == 1
+    assert not list(output.glob("*.csv")) and not (output / "scores.txt").exists()
+    return [line for line in capsys.readouterr().err.splitlines() if line and "Evaluating:" not in line]
+
+
+def test_a_missing_prediction_is_an_error(folders, tmp_path, capsys):
+    (folders[1] / "b.nii.gz").unlink()
+    (line,) = error(capsys, folders, tmp_path / "out", "--preset", "flare22")
+    assert f"{folders[0] / 'b.nii.gz'} has no prediction" in line and line.endswith("Predict them")
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--corrected", "--labels", "1"], "--corrected is for a --preset"),
+        (["--preset", "flare22", "--tolerance", "1"], "--preset flare22 has rules of its own. Leave --tolerance out"),
+        (["--preset", "flare22", "--both-empty", "perfect"], "Leave --both-empty out"),
+        (["--preset", "flare24", "--chill"], "Leave --chill out"),
+    ],
+)
+def test_options_that_do_not_go_together(folders, tmp_path, capsys, options, complaint):
+    (line,) = error(capsys, folders, tmp_path / "out", *options)
+    assert complaint in line
+
+
+def test_what_the_script_cannot_do_is_told_and_results_of_before_are_gone(folders, tmp_path, capsys):
+    truth, prediction = folders
+    out = tmp_path / "out"
+    assert evaluate(folders, out, "--preset", "flare24") == 0
+    labels = organs(0)
+    labels[labels == 10] = 0
+    labels[3, 2:5, 2:5] = 10
+    for folder in folders:
+        write_image(labels, folder / "a.nii.gz", SPACING)
+    line, _ = error(capsys, folders, out, "--preset", "flare24")
+    assert line.startswith(f"Error: {truth / 'a.nii.gz'}: esophagus is in a single slice") and "--corrected" in line
+    write_image(np.zeros((5, 5), dtype=np.uint8), truth / "a.nii.gz", SPACING[:2])
+    line, _ = error(capsys, folders, out, "--preset", "flare24")
+    assert line == f"Error: {truth / 'a.nii.gz'} is 2D. The rules of flare24 are for 3D label maps"
+    # Labels of another data set wrap around in the script, and are told by the corrected rules.
+    for folder in folders:
+        write_image(labels, folder / "a.nii.gz", SPACING)
+    lines = error(capsys, folders, out, "--preset", "flare24", "--corrected")
+    assert lines[0].startswith(f"Error: {prediction / 'c.nii.gz'} has the label 2")
+
+
+def test_another_position_is_a_warning_as_the_script_takes_no_notice(folders, tmp_path, capsys):
+    file = folders[1] / "b.nii.gz"
+    image = nibabel.load(file)
+    affine = image.affine.copy()
+    affine[:3, 3] += 5
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), affine), file)
+    assert evaluate(folders, tmp_path / "out", "--preset", "flare22") == 0
+    assert f"{file} have different origins" in capsys.readouterr().err

@@ -40,6 +40,14 @@ COMMANDS = {
         "nnunet_semiseg.commands.compare",
         "test whether models differ, from their evaluations on the same cases",
     ),
+    "rank": (
+        "nnunet_semiseg.commands.rank",
+        "rank teams as the FLARE22 challenge does, from their scores and measurements",
+    ),
+    "measure": (
+        "nnunet_semiseg.commands.measure",
+        "measure time, memory, CPU and GPU of predicting each case, by an image or a command",
+    ),
     "benchmark": (
         "nnunet_semiseg.commands.benchmark",
         "train methods on the same few labels, side by side with nnU-Net, and write what each one gains",

@@ -39,14 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     folders = [Path(f).parent if Path(f).is_file() else Path(f) for f in args.folders]
-    if len(folders) < 2:
-        raise ValueError("One FOLDER is given. Give two or more to compare")
-    if args.names and len(args.names) != len(folders):
-        raise ValueError(f"--names has {len(args.names)} names for {len(folders)} FOLDERs")
-    names = args.names or short_names(folders)
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} is given twice. Give different FOLDERs, and different --names")
+    names = names_of(folders, args.names)
     evaluations = [read_evaluation(folder, args.metrics) for folder in folders]
     first = evaluations[0]
     for other in evaluations[1:]:
@@ -60,6 +53,23 @@ def run(args: argparse.Namespace) -> None:
     plot(output / "comparison.png", comparable(values, patients), names, shown_classes(first.classes), labels)
     print(page(tests, dict(zip(args.metrics, labels)), "patients" if args.patient else "cases"))
     print(f"\nWritten to {output / 'comparison.csv'} and {output / 'comparison.png'}")
+
+
+def names_of(folders: list[Path], given: list[str] | None, what: str = "FOLDER") -> list[str]:
+    """The names of what is compared, by default the short ones.
+
+    Raises:
+        ValueError: if there is only one, or two have the same name, or not all have one.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"One {what} is given. Give two or more to compare")
+    if given and len(given) != len(folders):
+        raise ValueError(f"--names has {len(given)} names for {len(folders)} {what}s")
+    names = given or short_names(folders)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} is given twice. Give different {what}s, and different --names")
+    return names
 
 
 def short_names(folders: list[Path]) -> list[str]:

@@ -94,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     written = [output / TABLE, output / RESULTS]
     if rules.challenge:
         scores = flare.write_scores(output, records, rules.challenge)
-        print(f"\nOrgan_DSC {scores['Organ_DSC']:.4f}, Organ_NSD {scores['Organ_NSD']:.4f} by the rules of {args.preset}")
+        print(
+            f"\nOrgan_DSC {scores['Organ_DSC']:.4f}, Organ_NSD {scores['Organ_NSD']:.4f} by the rules of {args.preset}"
+        )
         written += [output / flare.CASES, output / flare.SCORES]
     print(f"\nWritten to {', '.join(map(str, written[:-1]))} and {written[-1]}")
     return 0

@@ -249,3 +249,132 @@ def test_another_position_is_a_warning_as_the_script_takes_no_notice(folders, tm
     nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), affine), file)
     assert evaluate(folders, tmp_path / "out", "--preset", "flare22") == 0
     assert f"{file} have different origins" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- ranking
+
+
+SHORT = [abbreviation for _, abbreviation, _ in flare.ORGANS]
+
+
+@pytest.fixture
+def teams(tmp_path):
+    """Tables of three teams, two of them under the names of the challenge, and {team: {case: values}}."""
+    random = np.random.RandomState(0)
+    numbers = {}
+    for team in ("x", "y", "z"):
+        folder = tmp_path / "teams" / team
+        folder.mkdir(parents=True)
+        scores, efficiency, numbers[team] = [], [], {}
+        for case in ("p", "q", "r", "s"):
+            organs = random.randint(0, 3, (2, 13)) / 2
+            cost = random.randint(1, 4, 3).astype(float)
+            scores.append([f"{case}.nii.gz", *organs.ravel()])
+            efficiency.append([f"{case}{'_0000' * (team == 'x')}.nii.gz", *cost])
+            numbers[team][case] = [*organs.mean(1), *cost]
+        official = team != "z"
+        for file, header, rows in (
+            (
+                f"DSC_NSD_{team}.csv" if official else "DSC_NSD.csv",
+                [f"{o}_{m}" for m in ("DSC", "NSD") for o in SHORT],
+                scores,
+            ),
+            (
+                f"{team}_Efficiency.csv" if official else "efficiency.csv",
+                ["Time", "AUC_GPU_Time", "AUC_CPU_Time"],
+                efficiency,
+            ),
+        ):
+            with open(folder / file, "w", newline="") as stream:
+                csv.writer(stream).writerows([["Name", *header], *rows])
+    return tmp_path / "teams", numbers
+
+
+def rank(teams, *options):
+    folder, _ = teams
+    return cli.main(["rank", *(str(folder / team) for team in "xyz"), "-o", str(folder), *map(str, options)])
+
+
+def literal_ranks(numbers, weights):
+    """{team: weighted mean of its ranks}, counted: how many are better, plus one."""
+    result = {}
+    for team, own in numbers.items():
+        ranks = []
+        for case, values in own.items():
+            for measure, value in enumerate(values):
+                others = [numbers[other][case][measure] for other in numbers]
+                better = [o > value if measure < 2 else o < value for o in others]
+                ranks.append((1 + sum(better), weights[measure]))
+        result[team] = sum(r * w for r, w in ranks) / sum(w for _, w in ranks)
+    return result
+
+
+@pytest.mark.parametrize(
+    "options, weights", [([], (1, 1, 1, 0.5, 0.5)), (["--weights", 1, 1, 0.5, 0.5, 0.5], (1, 1, 0.5, 0.5, 0.5))]
+)
+def test_ranks_are_counted_for_each_case_and_averaged(teams, capsys, options, weights):
+    folder, numbers = teams
+    assert rank(teams, *options) == 0
+    expected = literal_ranks(numbers, weights)
+    with open(folder / "ranking.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["team"]: float(row["rank"]) for row in rows} == pytest.approx(expected)
+    assert [row["team"] for row in rows] == sorted(expected, key=expected.get)
+    assert [row["place"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[0]["mean_Time"]) == pytest.approx(np.mean([v[2] for v in numbers[rows[0]["team"]].values()]))
+    assert f"Weights: DSC 1, NSD 1, Time {weights[2]:g}, AUC_GPU_Time 0.5, AUC_CPU_Time 0.5" in capsys.readouterr().out
+
+
+def without_gpu(file):
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    with open(file, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row | {"AUC_GPU_Time": "nan"} for row in rows)
+
+
+def test_a_measure_that_nobody_has_is_left_out_and_one_that_some_have_is_an_error(teams, capsys):
+    folder, numbers = teams
+    without_gpu(folder / "z" / "efficiency.csv")
+    assert rank(teams) == 1
+    assert f"{folder / 'z'} has no AUC_GPU_Time of some cases, but {folder / 'x'} has" in capsys.readouterr().err
+    for team in "xy":
+        without_gpu(folder / team / f"{team}_Efficiency.csv")
+    assert rank(teams) == 0
+    assert "AUC_GPU_Time was measured for no team and is left out." in capsys.readouterr().out
+    with open(folder / "ranking.csv") as file:
+        ranks = {row["team"]: float(row["rank"]) for row in csv.DictReader(file)}
+    assert ranks == pytest.approx(literal_ranks(numbers, (1, 1, 1, 0, 0.5)))
+
+
+def drop_last_case(file):
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda f: (f / "z" / "DSC_NSD.csv").unlink(), "z has no table with DSC_NSD in its name. Write it with"),
+        (
+            lambda f: (f / "z" / "b_efficiency.csv").write_text("Name\n"),
+            "z has b_efficiency.csv and efficiency.csv. Keep",
+        ),
+        (lambda f: drop_last_case(f / "z" / "efficiency.csv"), "efficiency.csv has no case s, which"),
+        (
+            lambda f: [drop_last_case(f / "z" / name) for name in ("efficiency.csv", "DSC_NSD.csv")],
+            "z has no case s, which",
+        ),
+        (lambda f: (f / "z" / "efficiency.csv").write_text("Name\n"), "efficiency.csv has no case. Write it again"),
+    ],
+)
+def test_tables_that_cannot_be_ranked(teams, capsys, spoil, complaint):
+    spoil(teams[0])
+    assert rank(teams) == 1
+    assert complaint in capsys.readouterr().err and not (teams[0] / "ranking.csv").exists()
+
+
+def test_wrong_weights_and_names(teams, capsys):
+    assert rank(teams, "--weights", 0, 0, 0, 0, 0) == 1
+    assert rank(teams, "--names", "a", "b") == 1
+    printed = capsys.readouterr().err
+    assert "--weights are numbers of 0 or more" in printed and "--names has 2 names for 3 TEAMs" in printed

@@ -91,19 +91,26 @@ class Gpus:
 
 
 class _Tree:
-    """A process and all that it started, with those whose parents have ended meanwhile."""
+    """All processes of a session, and what they started, also those whose parents have ended meanwhile."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, float]] = set()
 
     def processes(self, root: int | None) -> list[Any]:
-        """Those that are running now."""
+        """Those that are running now.
+
+        Args:
+            root: The first process of the session; None as long as there is none.
+        """
         import psutil
 
+        if root is None:
+            return []
         children = defaultdict(list)
         found = []
         for process in psutil.process_iter(["ppid", "create_time"]):
-            if process.pid == root or (process.pid, process.info["create_time"]) in self._seen:
+            known = (process.pid, process.info["create_time"]) in self._seen
+            if known or root in (process.pid, _session(process.pid)):
                 found.append(process)
             else:
                 children[process.info["ppid"]].append(process)
@@ -112,6 +119,14 @@ class _Tree:
             found += children.pop(process.pid, [])
         self._seen = {(process.pid, process.info["create_time"]) for process in found}
         return found
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        # It has just ended.
+        return None
 
 
 def check_psutil() -> None:
@@ -127,7 +142,8 @@ def run_measured(job: Job, lock_file: Path, gpus: Gpus, root: Callable[[int], in
 
     Args:
         lock_file: See ``jobs.start``.
-        root: Gives the process whose tree counts, from the number of the command's own; None as long as it is unknown.
+        root: Gives the first process of the session that counts, from the number of the command's; None as long as it
+            is unknown.
 
     Raises:
         RuntimeError: if a process does not end.

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,12 @@ def check_psutil() -> None:
         raise ValueError(f"psutil is not installed. Run: {INSTALL}") from None
 
 
-def run_measured(job: Job, lock_file: Path, gpus: Gpus, root: Callable[[int], int | None] = lambda pid: pid) -> Curves:
+def run_measured(job: Job, lock_file: Path, gpus: Gpus, container: Container | None = None) -> Curves:
     """Run a command and sample it every INTERVAL seconds until it ends; it leaves no process.
 
     Args:
         lock_file: See ``jobs.start``.
-        root: Gives the first process of the session that counts, from the number of the command's; None as long as it
-            is unknown.
+        container: Which the command runs, and whose processes count; None for the command's own.
 
     Raises:
         RuntimeError: if a process does not end.
@@ -151,36 +150,38 @@ def run_measured(job: Job, lock_file: Path, gpus: Gpus, root: Callable[[int], in
     curves, tree = Curves(), _Tree()
     idle = None if gpus.missing else gpus.used()
     of_processes, of_gpus = [], []
-    begin = time.monotonic()
-    process = start(job, lock_file)
     try:
-        ended = threading.Event()
+        with container.found() if container else nullcontext(lambda pid: pid) as root:
+            begin = time.monotonic()
+            process = start(job, lock_file)
+            ended = threading.Event()
 
-        def wait() -> None:
-            curves.exit_code = process.wait()
-            curves.time = time.monotonic() - begin
-            ended.set()
+            def wait() -> None:
+                curves.exit_code = process.wait()
+                curves.time = time.monotonic() - begin
+                ended.set()
 
-        threading.Thread(target=wait, daemon=True).start()
-        before, last = (0.0, 0.0), begin
-        while True:
-            running = tree.processes(root(process.pid))
-            now = time.monotonic()
-            user, system, ram = _used(running)
-            time_of_cores = (now - last) * (os.cpu_count() or 1) / 100
-            # Less than before, if a process took its time with it.
-            shares = [max(0.0, new - old) / time_of_cores for new, old in zip((user, system), before)]
-            before, last = (user, system), now
-            curves.seconds.append(now - begin)
-            curves.cpu.append((shares[0], shares[1], max(0.0, 100 - sum(shares))))
-            curves.ram.append(ram)
-            if idle is not None:
-                of_processes.append(gpus.used_by(p.pid for p in running))
-                of_gpus.append(max(0.0, gpus.used() - idle))
-            # Not a fixed time after the last: a sample that took long would shift all others.
-            if ended.wait(INTERVAL - (time.monotonic() - begin) % INTERVAL):
-                break
+            threading.Thread(target=wait, daemon=True).start()
+            before, last = (0.0, 0.0), begin
+            while True:
+                running = tree.processes(root(process.pid))
+                now = time.monotonic()
+                user, system, ram = _used(running)
+                time_of_cores = (now - last) * (os.cpu_count() or 1) / 100
+                # Less than before, if a process took its time with it.
+                shares = [max(0.0, new - old) / time_of_cores for new, old in zip((user, system), before)]
+                before, last = (user, system), now
+                curves.seconds.append(now - begin)
+                curves.cpu.append((shares[0], shares[1], max(0.0, 100 - sum(shares))))
+                curves.ram.append(ram)
+                if idle is not None:
+                    of_processes.append(gpus.used_by(p.pid for p in running))
+                    of_gpus.append(max(0.0, gpus.used() - idle))
+                # Not a fixed time after the last: a sample that took long would shift all others.
+                if ended.wait(INTERVAL - (time.monotonic() - begin) % INTERVAL):
+                    break
     finally:
+        # After the container's: they hold the lock, too.
         end_processes([lock_file])
     if idle is None:
         curves.gpu = [float("nan")] * len(curves.seconds)
@@ -296,9 +297,9 @@ class Container:
 
     @contextmanager
     def found(self) -> Iterator[Callable[[int], int | None]]:
-        """Gives the ``root`` of ``run_measured``; the container is removed in the end, whatever happens.
+        """Gives a function of the engine's process that gives the container's, once it is there.
 
-        A container's processes are no children of the engine's command.
+        A container's processes are no children of the engine's. It is removed in the end, whatever happens.
         """
         self.remove()
         number: list[int] = []
@@ -321,6 +322,8 @@ class Container:
             looking.join()
 
     def remove(self) -> None:
+        # Podman's rm waits for it to end; the first process of a container takes no notice of SIGTERM.
+        self._ask("kill", self.name)
         self._ask("rm", "-f", self.name)
 
 

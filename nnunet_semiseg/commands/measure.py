@@ -114,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
         call = _Call(output, ending, command, container, gpus, args.gpu_tolerance)
         if gpus.missing:
             print(f"Warning: no GPU is measured, and its columns are NaN: {gpus.missing}", file=sys.stderr)
+        # Those of an earlier call that was killed.
+        if container:
+            container.remove()
         end_processes([call.lock_file])
         for left in output.glob(".unfinished-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -198,13 +201,10 @@ def _measure(call: _Call, case: str, files: list[Path]) -> Curves:
             # No links: a container has only this folder.
             shutil.copyfile(file, inputs / file.name)
         log = call.output / "logs" / f"{case}.log"
-        if call.container:
-            job = Job(case, call.container.command(inputs, outputs), log)
-            with call.container.found() as root:
-                curves = run_measured(job, call.lock_file, call.gpus, root)
-        else:
-            job = Job(case, placeholders(call.command, inputs, outputs), log)
-            curves = run_measured(job, call.lock_file, call.gpus)
+        container = call.container
+        command = container.command(inputs, outputs) if container else placeholders(call.command, inputs, outputs)
+        job = Job(case, command, log)
+        curves = run_measured(job, call.lock_file, call.gpus, container)
         if curves.exit_code:
             raise CaseError(f"case {case} failed ({exit_reason(curves.exit_code)}). {end_of(job.log)}")
         made = outputs / call.prediction(case).name

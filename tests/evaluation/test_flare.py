@@ -319,8 +319,9 @@ def test_ranks_are_counted_for_each_case_and_averaged(teams, capsys, options, we
     with open(folder / "ranking.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["team"]: float(row["rank"]) for row in rows} == pytest.approx(expected)
-    assert [row["team"] for row in rows] == sorted(expected, key=expected.get)
-    assert [row["place"] for row in rows] == ["1", "2", "3"]
+    assert [expected[row["team"]] for row in rows] == sorted(expected.values())
+    places = {team: 1 + sum(other < score for other in expected.values()) for team, score in expected.items()}
+    assert [row["place"] for row in rows] == [str(places[row["team"]]) for row in rows]
     assert float(rows[0]["mean_Time"]) == pytest.approx(np.mean([v[2] for v in numbers[rows[0]["team"]].values()]))
     assert f"Weights: DSC 1, NSD 1, Time {weights[2]:g}, AUC_GPU_Time 0.5, AUC_CPU_Time 0.5" in capsys.readouterr().out
 

@@ -149,7 +149,8 @@ def run_measured(job: Job, lock_file: Path, gpus: Gpus, container: Container | N
     """
     curves, tree = Curves(), _Tree()
     idle = None if gpus.missing else gpus.used()
-    of_processes, of_gpus = [], []
+    of_processes: list[float] = []
+    of_gpus: list[float] = []
     try:
         with container.found() if container else nullcontext(lambda pid: pid) as root:
             begin = time.monotonic()
@@ -163,26 +164,35 @@ def run_measured(job: Job, lock_file: Path, gpus: Gpus, container: Container | N
 
             threading.Thread(target=wait, daemon=True).start()
             before, last = (0.0, 0.0), begin
-            while True:
-                running = tree.processes(root(process.pid))
-                now = time.monotonic()
-                user, system, ram = _used(running)
-                time_of_cores = (now - last) * (os.cpu_count() or 1) / 100
-                # Less than before, if a process took its time with it.
-                shares = [max(0.0, new - old) / time_of_cores for new, old in zip((user, system), before)]
-                before, last = (user, system), now
-                curves.seconds.append(now - begin)
-                curves.cpu.append((shares[0], shares[1], max(0.0, 100 - sum(shares))))
-                curves.ram.append(ram)
-                if idle is not None:
-                    of_processes.append(gpus.used_by(p.pid for p in running))
-                    of_gpus.append(max(0.0, gpus.used() - idle))
-                # Not a fixed time after the last: a sample that took long would shift all others.
-                if ended.wait(INTERVAL - (time.monotonic() - begin) % INTERVAL):
-                    break
+            try:
+                while True:
+                    running = tree.processes(root(process.pid))
+                    now = time.monotonic()
+                    user, system, ram = _used(running)
+                    time_of_cores = (now - last) * (os.cpu_count() or 1) / 100
+                    # Less than before, if a process took its time with it.
+                    shares = [max(0.0, new - old) / time_of_cores for new, old in zip((user, system), before)]
+                    before, last = (user, system), now
+                    curves.seconds.append(now - begin)
+                    curves.cpu.append((shares[0], shares[1], max(0.0, 100 - sum(shares))))
+                    curves.ram.append(ram)
+                    if idle is not None:
+                        of_processes.append(gpus.used_by(p.pid for p in running))
+                        of_gpus.append(max(0.0, gpus.used() - idle))
+                    # Not a fixed time after the last: a sample that took long would shift all others.
+                    if ended.wait(INTERVAL - (time.monotonic() - begin) % INTERVAL):
+                        break
+            finally:
+                if container:
+                    # Or it may start the container after that is removed.
+                    process.kill()
     finally:
         # After the container's: they hold the lock, too.
         end_processes([lock_file])
+    # A last one may have been taken when the command had ended.
+    samples = max(1, sum(moment <= curves.time for moment in curves.seconds))
+    for values in (curves.seconds, curves.cpu, curves.ram, of_processes, of_gpus):
+        del values[samples:]
     if idle is None:
         curves.gpu = [float("nan")] * len(curves.seconds)
     else:
@@ -240,7 +250,7 @@ def plot(file: Path, curves: Curves, gpu_tolerance: float) -> None:
 
     figure = Figure(figsize=(7, 7), layout="constrained")
     cpu = 100 - np.array(curves.cpu)[:, 2]
-    shown = (("CPU, % of all cores", cpu), ("RAM, MB", curves.ram), ("GPU memory, MB", curves.gpu))
+    shown = (("CPU, % of all cores", cpu), ("RAM, MB", np.array(curves.ram)), ("GPU memory, MB", np.array(curves.gpu)))
     for axes, (label, values) in zip(figure.subplots(len(shown), 1, sharex=True), shown):
         axes.plot(curves.seconds, values)
         axes.set_ylabel(label)

@@ -100,11 +100,11 @@ def test_figures_by_hand():
 
 
 def test_all_processes_count_also_those_whose_parents_have_ended(tmp_path):
-    # tail keeps 60 MB until its input ends. Its shell has ended by then.
-    orphan = "( (head -c 60000000 /dev/zero; sleep 0.6) | tail -c 60000000 >/dev/null & ) ; sleep 0.8"
+    # tail keeps 20 MB until its input ends. Its shell has ended by then.
+    orphan = "( (head -c 20000000 /dev/zero; sleep 1) | tail -c 20000000 >/dev/null & ) ; sleep 1"
     job = Job("a", ("sh", "-c", orphan), tmp_path / "a.log")
     made = run_measured(job, tmp_path / ".lock", measuring.Gpus())
-    assert 60 < max(made.ram) < 200 and made.exit_code == 0
+    assert 20 < max(made.ram) < 100 and made.exit_code == 0
     before = os.times()
     busy = "import time; a = time.process_time()\nwhile time.process_time() < a + 0.5: pass"
     job = Job("b", ("sh", "-c", 'for i in 1 2; do "$0" -c "$1"; done', sys.executable, busy), tmp_path / "b.log")
@@ -213,14 +213,15 @@ echo "$@" >> "$here/calls"
 case "$1" in
 image) [ -e "$here/image" ] && cat "$here/image" || { echo "Error: tiny: image not known" >&2; exit 125; } ;;
 inspect) [ -e "$here/pid" ] && cat "$here/pid" ;;
+kill) [ -e "$here/pid" ] && kill -9 -- "-$(cat "$here/pid")" ;;
 rm) rm -f "$here/pid" ;;
 run)
     while [ $# -gt 0 ]; do
         [ "$1" = -v ] && case "$2" in *:/workspace/inputs) in=${2%:*} ;; *) out=${2%:*} ;; esac
         shift
     done
-    sh -c 'sleep 0.4; cp "$0"/a_0000.nii.gz "$1"/a.nii.gz' "$in" "$out" &
-    echo $! > "$here/pid"
+    setsid sh -c 'echo $$ > "$2/pid"; trap "" TERM; sleep ${SLOW:-0.4}; cp "$0"/a_0000.nii.gz "$1"/a.nii.gz' \\
+        "$in" "$out" "$here" &
     wait ;;
 esac
 """
@@ -254,6 +255,22 @@ def test_an_image_is_run_as_the_challenges_do(cases, podman, capsys):
     assert measure(cases, "--image", "tiny") == 0 and curves(cases, "a") == first
     (podman / "image").write_text("sha256:2\n")
     assert measure(cases, "--image", "tiny") == 0 and curves(cases, "a") != first
+
+
+def test_a_container_ends_when_it_is_interrupted_though_it_takes_no_notice_of_sigterm(cases, podman, monkeypatch):
+    def interrupt(processes):
+        if (podman / "pid").exists():
+            raise KeyboardInterrupt
+        return 0.0, 0.0, 0.0
+
+    monkeypatch.setenv("SLOW", "60")
+    monkeypatch.setattr(measuring, "_used", interrupt)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        measure(cases, "--image", "tiny")
+    assert time.monotonic() - begin < 15
+    calls = (podman / "calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls[-2:]] == ["kill", "rm"]
 
 
 def test_an_image_or_engine_that_is_missing(cases, podman, capsys, monkeypatch):

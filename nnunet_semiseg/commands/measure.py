@@ -134,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    rows = {case: areas(done.get(case) or finished[case], args.gpu_tolerance) for case in cases}
+    measured = {case: curves for case, curves in finished.items() if curves} | done
+    rows = {case: areas(measured[case], args.gpu_tolerance) for case in cases}
     columns = list(next(iter(rows.values())))
     write_csv(
         output / TABLE,

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("No measure is left to rank by: a measure without values has all of the weight")
     better = np.array([more for _, more in MEASURES.values()])
     of_measures, score = rank(values[..., kept], weights[kept], better[kept])
+    # Sums in another order differ in their last digits.
+    score = np.round(score, 9)
     places = rankdata(score, method="min").astype(int)
     shown = [measure for measure, keep in zip(measures, kept) if keep]
     rows = [

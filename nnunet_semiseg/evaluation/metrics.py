@@ -116,11 +116,11 @@ def case_metrics(
             values = {**dict.fromkeys(METRICS, 1.0), **dict.fromkeys(DISTANCES, 0.0)}
         else:
             values = dict.fromkeys(METRICS)
-        if challenge:
-            if values["Dice"] < challenge.lowest_dice:
-                values["NSD"] = 0.0
+        dice, nsd = values["Dice"], values["NSD"]
+        if challenge and dice is not None and nsd is not None:
+            values["NSD"] = nsd = 0.0 if dice < challenge.lowest_dice else nsd
             if challenge.slips:
-                values |= {metric: float(np.round(values[metric], 4)) for metric in ("Dice", "NSD")}
+                values |= {"Dice": float(np.round(dice, 4)), "NSD": float(np.round(nsd, 4))}
         results[name] = {"TP": tp, "FP": fp, "FN": fn, "n_ref": n_ref, "n_pred": n_pred, **values}
     return results
 

@@ -86,7 +86,10 @@ class Gpus:
     def used_by(self, pids: Iterable[int]) -> float:
         """Memory of all GPUs in MB that these processes use, as far as the driver tells."""
         pids = set(pids)
-        processes = (p for h in self._handles for p in self._nvml.nvmlDeviceGetComputeRunningProcesses(h))
+        try:
+            processes = [p for h in self._handles for p in self._nvml.nvmlDeviceGetComputeRunningProcesses(h)]
+        except self._nvml.NVMLError:
+            return 0.0
         return sum(p.usedGpuMemory or 0 for p in processes if p.pid in pids) / MB
 
 
@@ -191,7 +194,8 @@ def run_measured(job: Job, lock_file: Path, gpus: Gpus, container: Container | N
         end_processes([lock_file])
     # A last one may have been taken when the command had ended.
     samples = max(1, sum(moment <= curves.time for moment in curves.seconds))
-    for values in (curves.seconds, curves.cpu, curves.ram, of_processes, of_gpus):
+    lists: list[list[Any]] = [curves.seconds, curves.cpu, curves.ram, of_processes, of_gpus]
+    for values in lists:
         del values[samples:]
     if idle is None:
         curves.gpu = [float("nan")] * len(curves.seconds)

@@ -66,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    ending: str | None
+    reader: type | None
     if args.preset:
         classes, rules = _preset(args)
         ending, reader = ".nii.gz", SimpleITKIO

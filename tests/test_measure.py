@@ -150,7 +150,7 @@ def test_gpu_memory_is_that_of_the_processes_or_what_was_added(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(pid))
     gpus = measuring.Gpus()
     assert gpus.missing == ""
-    made = run_measured(Job("a", ("sleep", "0.15"), tmp_path / "a.log"), tmp_path / ".lock", gpus)
+    made = run_measured(Job("a", ("sleep", "0.8"), tmp_path / "a.log"), tmp_path / ".lock", gpus)
     assert max(made.gpu) == expected
     measuring.plot(tmp_path / "a.png", made, 2048)
 

@@ -25,7 +25,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_semiseg.files import read_json, visible_files
+from nnunet_semiseg.files import CaseError, read_json, visible_files
 
 # How far an unlabeled image may be from the labeled ones before it is called an outlier.
 SPACING_RATIO = 2.0
@@ -95,10 +95,6 @@ def read_dataset_json(file: Path, keys: Iterable[str] = ("labels",)) -> dict:
 
 _DATASET_KEYS = {"labels": dict, "channel_names": dict, "modality": dict, "dataset": dict, "file_ending": str}
 _KINDS = {dict: "an object {name: value}", str: "text"}
-
-
-class CaseError(ValueError):
-    """A case whose images cannot be used; the message names file or case, and the cure."""
 
 
 @dataclass

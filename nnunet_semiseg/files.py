@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 
+class CaseError(ValueError):
+    """A case whose images cannot be used; the message names file or case, and the cure."""
+
+
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
     """A path beside ``file`` to write to, with the same ending; renamed to ``file`` at the end, removed on an error."""

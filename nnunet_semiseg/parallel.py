@@ -13,12 +13,17 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
-from nnunetv2.configuration import default_num_processes
 from tqdm import tqdm
 
-from nnunet_semiseg.datasets import CaseError
+from nnunet_semiseg.files import CaseError
 
-DEFAULT_PROCESSES = min(default_num_processes, os.cpu_count() or 1)
+
+def default_processes() -> int:
+    """nnU-Net's number, but no more than there are cores."""
+    # Prediction with OpenVINO gets here without nnU-Net.
+    from nnunetv2.configuration import default_num_processes
+
+    return min(default_num_processes, os.cpu_count() or 1)
 
 
 def add_processes_argument(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +31,7 @@ def add_processes_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np",
         type=int,
-        default=DEFAULT_PROCESSES,
+        default=default_processes(),
         help="processes; each holds one case in memory (default %(default)s)",
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_semiseg.files import write_json
-from nnunet_semiseg.parallel import DEFAULT_PROCESSES, over_cases, raise_failures
+from nnunet_semiseg.parallel import default_processes, over_cases, raise_failures
 from nnunet_semiseg.segmentations import FILE_ENDINGS, Classes, find_files, read_labels, write_labels, write_map
 from pseudo_label.consensus import mean_probabilities, staple
 from pseudo_label.members import find_cases, find_probabilities, read_labels_of, refuse_identical
@@ -34,7 +34,7 @@ def score_members(
     metric: str = "dice",
     both_empty: str = "skip",
     labeled: Path | None = None,
-    processes: int = DEFAULT_PROCESSES,
+    processes: int | None = None,
     overwrite: bool = False,
     allow_identical: bool = False,
     hidden: Collection[str] = (),
@@ -53,7 +53,7 @@ def score_members(
         consensus: mean, majority or staple; None for mean where all members have probabilities, else majority.
         per_slice, metric, both_empty: See :func:`pseudo_label.scores.score_labels`.
         labeled: Folder of the label maps of labeled cases, with which volumes are compared; None for no comparison.
-        processes: Each holds one case in memory.
+        processes: Each holds one case in memory; None for as many as nnU-Net would use.
         overwrite: Remove what an earlier call left in ``out`` first.
         allow_identical: Members may agree in every voxel of every case.
         hidden: Cases in ``labeled`` whose label maps are not read.
@@ -67,6 +67,7 @@ def score_members(
         CaseError: at the end, if cases failed; one line for each was printed, and the others are done.
     """
     members, out = [Path(os.path.abspath(member)) for member in members], Path(out)
+    processes = default_processes() if processes is None else processes
     files = find_cases(members)
     probabilities = find_probabilities(members, files, consensus)
     consensus = consensus or ("majority" if probabilities is None else "mean")

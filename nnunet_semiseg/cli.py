@@ -52,6 +52,7 @@ COMMANDS = {
         "nnunet_semiseg.commands.benchmark",
         "train methods on the same few labels, side by side with nnU-Net, and write what each one gains",
     ),
+    "predict": ("nnunet_semiseg.commands.predict", "predict with plain nnU-Net models, fast and without torch"),
     "export": ("nnunet_semiseg.commands.export", "turn a trained model into a plain nnU-Net model folder"),
 }
 

@@ -12,8 +12,10 @@ from pseudo_label.cli import COMMANDS as PSEUDO_LABEL_COMMANDS
 
 PACKAGES = ("nnunet_semiseg", "dataset_conversion", "pseudo_label")
 # Of the extras in pyproject.toml.
-OPTIONAL = {"h5py", "nilearn", "edt", "submitit", "psutil", "pynvml", "hatchling", "editables", "monai"}
-OPTIONAL |= {"surface_distance", "medpy"}
+OPTIONAL = {
+    *("h5py", "nilearn", "edt", "openvino", "psutil", "pynvml", "submitit"),
+    *("hatchling", "editables", "monai", "surface_distance", "medpy"),
+}
 
 
 def run_at_import(node):

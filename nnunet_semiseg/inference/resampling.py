@@ -130,28 +130,38 @@ def _resize(image: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:
 
 
 def _positions(old: int, new: int) -> np.ndarray:
-    """Of the new voxels along an axis, in old voxels, as scipy computes them."""
-    return np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+    """Of the new voxels along an axis, in old voxels, as scipy computes them; the outermost ones lie outside."""
+    return (np.arange(new) + 0.5) * (old / new) - 0.5
 
 
 def _nearest(old: int, new: int) -> np.ndarray:
-    return np.floor(_positions(old, new) + 0.5).astype(np.intp)
+    return np.floor(np.clip(_positions(old, new), 0, old - 1) + 0.5).astype(np.intp)
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Each new voxel along an axis lies between the old ones ``lower`` and ``lower + 1``; ``share`` is the latter's."""
+    """Cells between the old voxels along an axis, in which the new voxels lie.
 
-    lower: np.ndarray
+    Args:
+        below, above: The old voxels at both ends of each cell; beyond the first and the last one both are the same.
+        cell: Of each new voxel.
+        share: Of the old voxel above in each new one; 0 where voxels are taken as they are.
+    """
+
+    below: np.ndarray
+    above: np.ndarray
+    cell: np.ndarray
     share: np.ndarray
 
     @classmethod
     def of(cls, old: int, new: int, nearest: bool) -> _Axis:
-        if nearest:
-            return cls(_nearest(old, new), np.zeros(new))
+        itself = np.arange(old)
+        if nearest or old == new:
+            return cls(itself, itself, _nearest(old, new) if nearest else itself, np.zeros(new))
         position = _positions(old, new)
-        lower = np.floor(position).astype(np.intp)
-        return cls(lower, position - lower)
+        lower = np.floor(position)
+        edges = np.arange(old + 1)
+        return cls(np.maximum(edges - 1, 0), np.minimum(edges, old - 1), lower.astype(np.intp) + 1, position - lower)
 
     @property
     def between(self) -> bool:
@@ -315,76 +325,84 @@ def _sparse(values: np.ndarray, axes: Sequence[_Axis], rule: _Classes | _Regions
         axes: Of the result.
     """
     winners, unsure = rule.winners(values)
-    # A cell is named by its lowest corner.
     low = high = winners
     for axis, along in enumerate(axes):
         if along.between:
-            low, high = np.minimum(low, _next(low, axis)), np.maximum(high, _next(high, axis))
-            unsure = unsure | _next(unsure, axis)
+            low = np.minimum(np.take(low, along.below, axis), np.take(low, along.above, axis))
+            high = np.maximum(np.take(high, along.below, axis), np.take(high, along.above, axis))
+            unsure = np.take(unsure, along.below, axis) | np.take(unsure, along.above, axis)
     # One number more than there are winners stands for the cells to look at.
     mixed = len(values) + 1
-    cells_of = np.where((low != high) | unsure, mixed, low.astype(_small_int(mixed)))
+    cells = np.where((low != high) | unsure, mixed, low.astype(_small_int(mixed)))
     del winners, low, high, unsure
 
     along_z, along_y, along_x = axes
-    result = np.empty([len(axis.lower) for axis in axes], dtype=cells_of.dtype)
-    for z, layer in enumerate(cells_of):
-        slices = np.flatnonzero(along_z.lower == z)
+    result = np.empty([len(axis.cell) for axis in axes], dtype=cells.dtype)
+    for z, layer in enumerate(cells):
+        slices = np.flatnonzero(along_z.cell == z)
         if not len(slices):
             continue
-        plane = layer[:, along_x.lower][along_y.lower]
+        plane = layer[:, along_x.cell][along_y.cell]
         result[slices] = plane
-        cells = np.flatnonzero(layer == mixed)
         y, x = np.nonzero(plane == mixed)
         if not len(y):
             continue
+        places = np.flatnonzero(layer == mixed)
         numbers = np.empty(layer.size, dtype=np.int32)
-        numbers[cells] = np.arange(len(cells))
-        cell = numbers[along_y.lower[y] * layer.shape[1] + along_x.lower[x]]
-        corners = _corners(values, z, cells, along_z.between)
+        numbers[places] = np.arange(len(places))
+        cell = numbers[along_y.cell[y] * layer.shape[1] + along_x.cell[x]]
+        corners = _corners(values, z, np.divmod(places, layer.shape[1]), axes)
         contenders = rule.contenders(corners.reshape(-1, *corners.shape[2:]), values.dtype)
         down, right = along_y.share[y], along_x.share[x]
-        shares = np.stack([(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right])
-        running = []
-        for i, contender in enumerate(contenders):
-            where = np.flatnonzero(contender[cell])
-            if len(where):
-                running.append((i, where, cell[where], shares[:, where]))
+        running = [(i, np.flatnonzero(contender[cell])) for i, contender in enumerate(contenders)]
         for s in slices:
             share = along_z.share[s]
-            flat = (1 - share) * corners[0] + share * corners[1] if share else corners[0]
+            weighted = [(1 - share) * corners[0], share * corners[1]] if share else [corners[0]]
             painting = rule.painting(cell.shape, values.dtype, len(values))
-            for i, where, at, weights in running:
-                value = sum(weight * corner[at] for weight, corner in zip(weights, flat[:, i]))
-                painting.add(i, value.astype(values.dtype), where)
+            for i, where in running:
+                if len(where):
+                    of_class = [corner[i] for around in weighted for corner in around]
+                    value = _interpolate(of_class, cell[where], down[where], right[where])
+                    painting.add(i, value.astype(values.dtype), where)
             result[s, y, x] = painting.winners
     return result
 
 
-def _next(values: np.ndarray, axis: int) -> np.ndarray:
-    """At each voxel the value of the next one along an axis; at the last one its own."""
-    return np.take(values, np.minimum(np.arange(values.shape[axis]) + 1, values.shape[axis] - 1), axis=axis)
+def _interpolate(corners: Sequence[np.ndarray], cell: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Sums over the corners of cells, in the order in which scipy adds them up, to the last bit.
+
+    Args:
+        corners: Four or eight, of (cells,) values that are weighted along z.
+        cell: (n,) of each voxel.
+        down, right: (n,) its share of the next y and x.
+    """
+    left, up = 1 - right, 1 - down
+    total = np.zeros(len(cell))
+    for place, corner in enumerate(corners):
+        value = corner[cell]
+        value *= down if place & 2 else up
+        value *= right if place & 1 else left
+        total += value
+    return total
 
 
-def _corners(values: np.ndarray, z: int, cells: np.ndarray, both: bool) -> np.ndarray:
+def _corners(values: np.ndarray, z: int, places: tuple[np.ndarray, np.ndarray], axes: Sequence[_Axis]) -> np.ndarray:
     """The values around cells, in double precision.
 
     Args:
         values: (K, Z, Y, X).
-        z: The slice of the cells.
-        cells: Their (n,) places in that slice.
-        both: Also of the next slice.
+        z: The layer of the cells.
+        places: Their (n,) y and x in that layer.
 
     Returns:
-        (1 or 2 slices, 4 corners, K, n); the corners are those at y and x, the next x, the next y, and both.
+        (1 or 2 slices, 4 corners, K, n); the corners are those below, above in x, above in y, and above in both.
     """
-    slices, rows, columns = values.shape[1:]
-    y, x = np.divmod(cells, columns)
-    next_y, next_x = np.minimum(y + 1, rows - 1), np.minimum(x + 1, columns - 1)
-    places = [y * columns + x, y * columns + next_x, next_y * columns + x, next_y * columns + next_x]
-    corners = np.empty((2 if both else 1, 4, len(values), len(cells)))
-    for around, at in zip(corners, (z, min(z + 1, slices - 1))):
-        flat = values[:, at].reshape(len(values), -1)
-        for corner, place in zip(around, places):
-            corner[...] = flat[:, place]
+    along_z, along_y, along_x = axes
+    y, x = places
+    rows, columns = (along_y.below[y], along_y.above[y]), (along_x.below[x], along_x.above[x])
+    slices = (along_z.below[z], along_z.above[z]) if along_z.between else (along_z.below[z],)
+    corners = np.empty((len(slices), 4, len(values), len(y)))
+    for around, at in zip(corners, slices):
+        for i, corner in enumerate(around):
+            corner[...] = values[:, at, rows[i // 2], columns[i % 2]]
     return corners

@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+_SMALLEST_NORMAL = np.float32(2.0**-14)
+_TOO_LARGE = 65520
+# Numbers that are added up at a time.
+_CACHED = 2**16
+
 # Yields the (1, K, *patch) logits of (1, C, *patch) windows in order. A result is overwritten by the next but one.
 Network = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
 
@@ -67,10 +72,10 @@ def logits(
     back = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, shape))
     if missing.any():
         data = np.pad(data, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
-    weights = gaussian(patch)
-    wide = weights.astype(np.float32)
-    total = np.zeros((outputs, *data.shape[1:]), dtype=np.float16)
-    count = np.zeros(data.shape[1:], dtype=np.float16)
+    weights = gaussian(patch).astype(np.float32)
+    # Numbers of half precision: those of single precision are faster, as long as each sum is rounded.
+    total = np.zeros((outputs, *data.shape[1:]), dtype=np.float32)
+    count = np.zeros((1, *data.shape[1:]), dtype=np.float32)
     places = windows(data.shape[1:], patch, step)
     flips = _flips(mirroring_axes)
     predicted = network(
@@ -83,17 +88,51 @@ def logits(
             for flip in flips[1:]:
                 prediction += np.flip(next(predicted)[0], [axis - 1 for axis in flip])
             prediction /= len(flips)
-        # Class by class, which stays in the processor's cache.
-        with np.errstate(over="ignore"):
-            for sums, values in zip(total, prediction):
-                sums[place] = sums[place] + values * wide
-        count[place] += weights
-    count32 = count.astype(np.float32)
-    for sums in total:
-        sums[...] = sums / count32
-        if np.isinf(sums).any():
-            raise ValueError("its logits are too large for half precision, as nnU-Net computes them")
-    return total[(slice(None), *back)]
+        _add(total, place, prediction, weights)
+        _add(count, place, np.ones((1, *patch), dtype=np.float32), weights)
+    inside = (slice(None), *back)
+    total, count = total[inside], count[inside]
+    result = np.empty(total.shape, dtype=np.float16)
+    for sums, half in zip(total, result):
+        # A sum this large is infinite in half precision.
+        if not np.abs(sums).max() < _TOO_LARGE:
+            raise ValueError("its logits are infinite or no numbers in half precision, in which nnU-Net adds them up")
+        half[...] = sums / count[0]
+    return result
+
+
+def _add(total: np.ndarray, place: tuple[slice | int, ...], values: np.ndarray, weights: np.ndarray) -> None:
+    """Add (K, *patch) weighted values at a place of (K, Z, Y, X), rounding each sum to half precision."""
+    # A few rows at a time, which stay in the processor's cache.
+    rows = max(1, _CACHED // weights[0].size)
+    for sums, of_class in zip(total, values):
+        there = sums[place]
+        for start in range(0, len(weights), rows):
+            part = slice(start, start + rows)
+            new = of_class[part] * weights[part]
+            new += there[part]
+            round_to_half(new)
+            there[part] = new
+
+
+def round_to_half(values: np.ndarray) -> None:
+    """Round single precision to the nearest number of half precision, in place; ties to even.
+
+    Numbers that are too large for half precision are left as large as they are.
+    """
+    small = np.abs(values) < _SMALLEST_NORMAL
+    if small.any():
+        # Below, numbers of half precision are equally far apart, as those of single precision are next to 0.75.
+        rounded = (values + np.float32(0.75)) - np.float32(0.75)
+    # Half precision has 13 bits less.
+    bits = values.view(np.int32)
+    odd = bits >> 13
+    odd &= 1
+    odd += 0xFFF
+    bits += odd
+    bits &= ~0x1FFF
+    if small.any():
+        np.copyto(values, rounded, where=small)
 
 
 def _flips(axes: Sequence[int] | None) -> list[tuple[int, ...]]:

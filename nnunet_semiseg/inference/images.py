@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel.arrayproxy import is_proxy
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from nnunet_semiseg.files import CaseError, visible_files, whole
@@ -78,14 +79,11 @@ def check_channels(case: str, files: Sequence[Path], channels: int, ending: str)
 
 def shape_of(files: Sequence[Path], reader: str) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
     """Shape (Z, Y, X) and spacing of a NIfTI image by its header alone; None if only reading it tells."""
-    if not _is_nifti(files[0]) or reader not in _BY_NIBABEL:
+    if not _is_nifti(files[0]) or reader not in ("NibabelIO", "SimpleITKIO"):
         return None
     nifti = _load(files[0])
     if nifti.ndim != 3:
         return None
-    if reader == "NibabelIOWithReorient":
-        order = np.argsort(io_orientation(nifti.affine)[:, 0])
-        return tuple(np.array(nifti.shape)[order][::-1].tolist()), _spacing(nifti, order)
     return nifti.shape[::-1], _spacing(nifti)
 
 
@@ -160,9 +158,8 @@ def _load(file: Path) -> nibabel.Nifti1Image:
         raise CaseError(f"{file} cannot be read ({reason}). Copy or convert it again, or remove it") from None
 
 
-def _spacing(nifti: nibabel.Nifti1Image, order: np.ndarray | None = None) -> tuple[float, ...]:
-    zooms = np.array([float(zoom) for zoom in nifti.header.get_zooms()])
-    return tuple((zooms if order is None else zooms[order])[::-1].tolist())
+def _spacing(nifti: nibabel.Nifti1Image) -> tuple[float, ...]:
+    return tuple(float(zoom) for zoom in nifti.header.get_zooms()[::-1])
 
 
 def _read_nifti(files: Sequence[Path], reader: str) -> Image | None:
@@ -175,19 +172,19 @@ def _read_nifti(files: Sequence[Path], reader: str) -> Image | None:
             if reader == "SimpleITKIO" and nifti.ndim in (2, 4):
                 return None
             raise CaseError(f"{file} is {nifti.ndim}D. Split a 4D image into one 3D file for each time point")
+        first = first or nifti
+        if reader == "NibabelIOWithReorient":
+            nifti = nifti.as_reoriented(io_orientation(nifti.affine))
         proxy: Any = nifti.dataobj
-        scaled = (proxy.slope, proxy.inter) != (1, 0)
-        voxels = nifti.get_fdata(caching="unchanged") if scaled else proxy.get_unscaled()
+        if is_proxy(proxy) and (proxy.slope, proxy.inter) != (1, 0):
+            # As nnU-Net does: in double precision.
+            voxels = nifti.get_fdata(caching="unchanged")
+        else:
+            voxels = np.asanyarray(proxy)
         if voxels.dtype.kind not in "iuf":
             raise CaseError(f"{file} has {voxels.dtype} voxels. Save it with one number for each voxel")
-        order = None
-        if reader == "NibabelIOWithReorient":
-            orientation = io_orientation(nifti.affine)
-            voxels = apply_orientation(voxels, orientation)
-            order = np.argsort(orientation[:, 0])
         volumes.append(voxels.T)
-        spacings.append(_spacing(nifti, order))
-        first = first or nifti
+        spacings.append(_spacing(nifti))
     _check_equal(files, volumes, spacings)
     data = np.empty((len(volumes), *volumes[0].shape), dtype=np.float32)
     for channel, volume in zip(data, volumes):

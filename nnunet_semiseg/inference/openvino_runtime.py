@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,9 @@ def convert(checkpoint: Path, network: Any, window: tuple[int, ...], configurati
     import torch
 
     openvino = import_openvino()
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # Of torch's tracing: shapes are fixed here.
+        warnings.simplefilter("ignore")
         model = openvino.convert_model(network, example_input=torch.zeros(window), input=[window])
     content = {
         "configuration": configuration,

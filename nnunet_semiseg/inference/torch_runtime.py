@@ -44,12 +44,14 @@ def build(model: Model) -> tuple[torch.nn.Module, list[dict], str]:
     """
     found = [_read(file) for file in model.checkpoints]
     name = found[0]["trainer_name"]
-    trainer = recursive_find_trainer_class_by_name(name)
-    if trainer is None:
+    try:
+        with redirect_stdout(io.StringIO()):
+            trainer = recursive_find_trainer_class_by_name(name)
+    except RuntimeError:
         raise NotImplementedError(
             f"{model.checkpoints[0]} was trained by {name}, which is not installed here. Export it as a plain model "
             "with nnunet_semiseg export"
-        )
+        ) from None
     plans = PlansManager(model.plans)
     configuration = plans.get_configuration(model.name)
     outputs = plans.get_label_manager(model.dataset_json).num_segmentation_heads

@@ -59,8 +59,7 @@ class Model:
 
     @property
     def channels(self) -> int:
-        names = self.dataset_json.get("modality", self.dataset_json.get("channel_names"))
-        return len(names)
+        return len(self.dataset_json.get("modality", self.dataset_json.get("channel_names", ())))
 
     @cached_property
     def regions(self) -> tuple[int, ...] | None:
@@ -108,6 +107,8 @@ class Model:
                 f"{self.folder}: plans.json has {len(schemes)} channels, dataset.json {self.channels}. Restore both "
                 "from the same training"
             )
+        if not self.outputs:
+            raise ValueError(f"{self.folder / 'dataset.json'} has no labels. Restore it from the training")
         self.resampling("data")
         self.resampling("probabilities")
 
@@ -136,10 +137,12 @@ def all_labels(dataset_json: dict) -> list[int]:
 
 
 def regions(dataset_json: dict) -> tuple[int, ...] | None:
-    """nnU-Net's regions_class_order, if any label has several values, or None."""
+    """nnU-Net's regions_class_order, if any label has several values, or None. Raises ValueError, if it is missing."""
     labels = dataset_json["labels"]
     if not any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values()):
         return None
+    if "regions_class_order" not in dataset_json:
+        raise ValueError("dataset.json has regions but no regions_class_order. Restore it from the training")
     return tuple(int(value) for value in dataset_json["regions_class_order"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import os
@@ -51,7 +52,7 @@ def facts(checkpoint: Path) -> dict | None:
     text = file.read_text(encoding="utf-8")
     found = text.rpartition(f'<{_KEY} value="')[2].partition('"')[0]
     try:
-        content = json.loads(found.replace("&quot;", '"'))
+        content = json.loads(html.unescape(found))
     except json.JSONDecodeError:
         raise ValueError(f"{file} is no network that was converted here. Remove it and its .bin") from None
     if checkpoint.is_file() and fingerprint(checkpoint) != content["checkpoint"]:

@@ -1,6 +1,7 @@
 """Preprocessing against nnU-Net's DefaultPreprocessor, number for number."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def model_of(plans):
     names = plans["configurations"]["base"]["normalization_schemes"]
     dataset_json = {"channel_names": dict(enumerate(names)), "labels": CLASSES, "file_ending": ".nii.gz"}
     name = next(name for name in plans["configurations"] if name != "base")
-    return Model(None, name, plans, dataset_json, (), None)
+    return Model(Path(), name, plans, dataset_json, (), None)
 
 
 def compare(plans, data, spacing=(3.0, 1.0, 1.2)):

@@ -243,7 +243,7 @@ import torch
 torch.set_num_threads(1)
 model = predictor.open_model(Path(sys.argv[1]))
 window = np.random.RandomState(0).normal(size=(1, 1, *PATCH)).astype(np.float32)
-def per_window(run, times=3):
+def per_window(run, times=2):
     run()
     start = time.process_time()
     for _ in range(times):
@@ -252,7 +252,7 @@ def per_window(run, times=3):
 network, _, _ = torch_runtime.build(model)
 found = {}
 with torch.inference_mode():
-    found["torch"] = per_window(lambda: network(torch.from_numpy(window)), 2)
+    found["torch"] = per_window(lambda: network(torch.from_numpy(window)), 1)
 for precision in ("f32", "bf16"):
     own = openvino_runtime.OpenVINO(precision, 1).network(model.checkpoints[0])
     found[precision] = per_window(lambda: list(own([window])))
@@ -274,12 +274,8 @@ def run(part: str, folder: Path, results: dict) -> None:
     if part in ("starts", "network", "f32", "bf16"):
         python("from nnunet_semiseg.inference import predictor as p; p.convert(p.open_model(Path(sys.argv[1])))", model)
     if part == "starts":
-        results["imports"] = {
-            who: min((measure([sys.executable, "-c", code]) for _ in range(3)), key=lambda found: found["seconds"])
-            for who, code in _IMPORTS.items()
-        }
-        ready = [measure([sys.executable, "-c", _READY, str(model)]) for _ in range(3)]
-        results["ready"] = min(ready, key=lambda found: found["seconds"])
+        results["imports"] = {who: measure([sys.executable, "-c", code]) for who, code in _IMPORTS.items()}
+        results["ready"] = measure([sys.executable, "-c", _READY, str(model)])
     elif part == "labels":
         np.save(folder / "logits.npy", logits())
         files = folder / "logits.npy", folder / "labels.npy"

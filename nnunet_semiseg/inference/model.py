@@ -72,9 +72,9 @@ class Model:
         return len(self.regions) if self.regions else len(all_labels(self.dataset_json))
 
     def intensities(self, channel: int) -> dict:
-        of = self.plans.get("foreground_intensity_properties_per_channel")
-        of = self.plans.get("foreground_intensity_properties_by_modality") if of is None else of
-        return of[str(channel)]
+        # By its name in older plans.
+        names = ("foreground_intensity_properties_per_channel", "foreground_intensity_properties_by_modality")
+        return next(self.plans[name] for name in names if name in self.plans)[str(channel)]
 
     def resampling(self, what: str) -> Resampling:
         """How ``data`` or ``probabilities`` are resampled."""

@@ -60,7 +60,7 @@ def preprocess(data: np.ndarray, spacing: Sequence[float], model: Model) -> Prep
     own = tuple(float(spacing[axis]) for axis in forward)
     full = data.shape[1:]
     box = nonzero_box(data)
-    data = data[(slice(None), *box)]
+    data = data[tuple([slice(None), *box])]
     schemes = model.configuration["normalization_schemes"]
     masked = model.configuration["use_mask_for_norm"]
     inside = None

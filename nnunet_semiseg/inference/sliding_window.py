@@ -79,14 +79,16 @@ def logits(
     places = windows(data.shape[1:], patch, step)
     flips = _flips(mirroring_axes)
     predicted = network(
-        np.ascontiguousarray(np.flip(data[(slice(None), *place)][None], flip)) for place in places for flip in flips
+        np.ascontiguousarray(np.flip(data[tuple([slice(None), *place])][None], flip))
+        for place in places
+        for flip in flips
     )
     for place in places:
         prediction = next(predicted)[0]
         if len(flips) > 1:
             prediction = prediction.copy()
             for flip in flips[1:]:
-                prediction += np.flip(next(predicted)[0], [axis - 1 for axis in flip])
+                prediction += np.flip(next(predicted)[0], tuple(axis - 1 for axis in flip))
             prediction /= len(flips)
         _add(total, place, prediction, weights)
         _add(count, place, np.ones((1, *patch), dtype=np.float32), weights)

@@ -79,12 +79,19 @@ class CoraNetOptions(TeacherOptions, PretrainingOptions):
     uncertain_weight: float = option(
         0.3, "weight of uncertain voxels in self-training, that of certain ones is 1; 0: the paper's mask", low=0.0
     )
-    consistency_weight: float = option(0.0, "largest weight of the consistency on the uncertain region", low=0.0)
+    consistency_weight: float = option(
+        0.0, "largest weight of the consistency on the uncertain region", low=0.0, ablation=True
+    )
     all_heads: bool = option(False, "self-training and consistency on the two cost heads as well", ablation=True)
     relabel_every: int = option(
-        0, "steps between two relabelings by the student; 0: the teacher labels each step's patches", low=0
+        0,
+        "steps between two relabelings by the student; 0: the teacher labels each step's patches",
+        low=0,
+        ablation=True,
     )
-    label_reuse: int = option(5, "with relabel_every, steps that train on a patch before it is replaced", low=1)
+    label_reuse: int = option(
+        5, "with relabel_every, steps that train on a patch before it is replaced", low=1, ablation=True
+    )
     deep_pseudo: bool = option(True, "self-training at every resolution that nnU-Net supervises")
 
 

@@ -35,6 +35,8 @@ END
 
 "$python" -m venv "$folder"
 echo "$seen" > "$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/provided.pth"
+# The one that comes with an environment may be too old for torch, and would hide the provided one.
+"$folder/bin/python" -m pip uninstall -q -y --disable-pip-version-check setuptools 2> /dev/null
 install=("$folder/bin/python" -m pip install -q --disable-pip-version-check --no-index --find-links "$here/wheels")
 "${install[@]}" -r "$here/names.txt" "$here"/wheels/nnunet_semiseg-*.whl
 # Also if PYTHON has another version of it.

@@ -128,9 +128,14 @@ def test_damaged_install_is_silent_at_start_up(tmp_path, damage):
 
 @pytest.fixture
 def archive(tmp_path):
-    """What scripts/pack_offline.sh packs, without wheels."""
+    """What scripts/pack_offline.sh packs, without wheels but for one that pip never takes for installed."""
     folder = tmp_path / "archive"
     (folder / "wheels").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "wheels" / "argparse-1.4.0-py3-none-any.whl", "w") as wheel:
+        info = "argparse-1.4.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: argparse\nVersion: 1.4.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
     (folder / "names.txt").touch()
     (folder / "python.txt").write_text(".".join(map(str, sys.version_info[:2])) + "\n")
     (folder / "install.sh").write_text((REPOSITORY / "scripts" / "install_offline.sh").read_text())

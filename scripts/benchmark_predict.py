@@ -277,7 +277,7 @@ def run(part: str, folder: Path, results: dict) -> None:
         results["imports"] = {who: measure([sys.executable, "-c", code]) for who, code in _IMPORTS.items()}
         results["ready"] = measure([sys.executable, "-c", _READY, str(model)])
     elif part == "labels":
-        np.save(folder / "logits.npy", logits())
+        python("np.save(sys.argv[1], logits())", folder / "logits.npy")
         files = folder / "logits.npy", folder / "labels.npy"
         results["labels"] = {"stock": python(_STOCK_LABELS, *files), "own": python(_OWN_LABELS, *files)}
     elif part == "image":
@@ -343,7 +343,8 @@ def main() -> None:
     args = parser.parse_args()
     file = args.o / "results.json"
     if not (args.o / "model" / "fold_0" / "checkpoint_final.pth").is_file():
-        write_model_and_image(args.o)
+        # Not here: the memory of a process counts as that of those that it starts.
+        python("write_model_and_image(Path(sys.argv[1]))", args.o)
     results = json.loads(file.read_text()) if file.is_file() else {}
     for part in args.parts:
         run(part, args.o, results)

@@ -237,8 +237,8 @@ class Predictor:
         voxels = float(np.prod(shape))
         low = float(np.prod(resampling.new_shape(shape, spacing, target_spacing(model, spacing))))
         reading = voxels * (4 * 2 * model.channels + 2)
-        # In double precision one channel, its padded copy and the coefficients of its splines.
-        preparing = voxels * (4 * model.channels + 3 * 8) + low * 4 * model.channels
+        # Of one channel, a padded copy and, in double precision, the coefficients of its splines.
+        preparing = voxels * (4 * model.channels + 1.4 * (4 + 8)) + low * 4 * model.channels
         members = 6 if len(self._logits) > 1 else 0
         predicting = low * (4 * model.channels + (2 + members) * model.outputs + 6)
         labeling = low * ((2 + members) * model.outputs + 12) + voxels * 2

@@ -67,13 +67,12 @@ def preprocess(data: np.ndarray, spacing: Sequence[float], model: Model) -> Prep
     if any(masked[c] and schemes[c] == "ZScoreNormalization" for c in range(len(data))):
         # Nothing else needs it: holes do not change the box.
         inside = binary_fill_holes((data != 0).any(0))
-    normalized = np.empty(data.shape, dtype=np.float32)
     for c, channel in enumerate(data):
-        normalized[c] = normalize(channel, schemes[c], model.intensities(c), inside if masked[c] else None)
-    del data
+        normalize(channel, schemes[c], model.intensities(c), inside if masked[c] else None)
     target = target_spacing(model, own)
-    shape = new_shape(normalized.shape[1:], own, target)
-    return Preprocessed(resample(normalized, shape, model.resampling("data"), own, target), own, target, full, box)
+    shape = new_shape(data.shape[1:], own, target)
+    resampled = np.ascontiguousarray(resample(data, shape, model.resampling("data"), own, target))
+    return Preprocessed(resampled, own, target, full, box)
 
 
 def nonzero_box(data: np.ndarray) -> tuple[slice, ...]:
@@ -88,29 +87,28 @@ def nonzero_box(data: np.ndarray) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def normalize(image: np.ndarray, scheme: str, intensities: dict, inside: np.ndarray | None) -> np.ndarray:
-    """One channel by one of nnU-Net's normalization schemes.
+def normalize(image: np.ndarray, scheme: str, intensities: dict, inside: np.ndarray | None) -> None:
+    """Normalize one channel in place by one of nnU-Net's schemes.
 
     Args:
-        image: (Z, Y, X) float32; it may be overwritten.
+        image: (Z, Y, X) float32.
         intensities: Of the channel in the labeled cases, for CTNormalization.
         inside: (Z, Y, X) bool, the only voxels for ZScoreNormalization to see and to change; None for all.
     """
     epsilon = 1e-8
     if scheme == "CTNormalization":
-        image = np.clip(image, intensities["percentile_00_5"], intensities["percentile_99_5"])
+        np.clip(image, intensities["percentile_00_5"], intensities["percentile_99_5"], out=image)
         image -= intensities["mean"]
         image /= max(intensities["std"], epsilon)
+    elif scheme == "ZScoreNormalization" and inside is not None:
+        values = image[inside]
+        image[inside] = (values - values.mean()) / max(values.std(), epsilon)
     elif scheme == "ZScoreNormalization":
-        if inside is not None:
-            values = image[inside]
-            image[inside] = (values - values.mean()) / max(values.std(), epsilon)
-        else:
-            mean, std = image.mean(), image.std()
-            image = image - mean
-            image /= max(std, epsilon)
+        mean, std = image.mean(), image.std()
+        image -= mean
+        image /= max(std, epsilon)
     elif scheme == "RescaleTo01Normalization":
-        image = image - image.min()
+        image -= image.min()
         image /= np.clip(image.max(), a_min=epsilon, a_max=None)
     elif scheme == "RGBTo01Normalization":
         if image.min() < 0 or image.max() > 255:
@@ -118,7 +116,6 @@ def normalize(image: np.ndarray, scheme: str, intensities: dict, inside: np.ndar
                 f"its intensities {image.min():g} to {image.max():g} are not those of an RGB image, 0 to 255, for "
                 "which the model was trained. Convert it"
             )
-        image = image / np.float32(255)
+        image /= 255.0
     elif scheme != "NoNormalization":
         raise NotImplementedError(f"The plans normalize with {scheme}, which this runner does not know")
-    return image

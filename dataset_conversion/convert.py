@@ -25,7 +25,7 @@ from nnunet_semiseg import __version__
 from nnunet_semiseg.data.splits import make_folds
 from nnunet_semiseg.datasets import check_variables
 from nnunet_semiseg.files import read_json, write_csv, write_json
-from nnunet_semiseg.parallel import add_processes_argument, over_cases
+from nnunet_semiseg.parallel import add_processes_argument, over_cases, print_failures
 from nnunet_semiseg.segmentations import version
 
 SPLITS = ("train", "validation", "test")
@@ -89,11 +89,10 @@ def run(args: argparse.Namespace) -> int:
     jobs = {c.name: (c, parts[c.name], source, work, unpacked, args.link) for c in missing}
     _, failures = over_cases(convert_case, jobs, args.np, name, done=len(cases) - len(missing))
     if failures:
-        print("\n".join(failures), file=sys.stderr)
-        print(
+        print_failures(
+            failures,
             f"{len(failures)} of {len(cases)} cases could not be converted (above), so there is no {name} yet. Fix or "
             "remove these and run the command again: finished cases are kept.",
-            file=sys.stderr,
         )
         return 1
 

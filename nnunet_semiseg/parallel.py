@@ -108,6 +108,11 @@ def over_cases(
     return {case: results[case] for case in jobs if case in results}, sorted(failures)
 
 
+def print_failures(failures: list[str], summary: str) -> None:
+    """Print the lines of cases that failed, and then what that means, to stderr."""
+    print("\n".join([*failures, summary]), file=sys.stderr)
+
+
 def raise_failures(failures: list[str], summary: str) -> None:
     """Print the lines of cases that failed, if there are any, and raise CaseError with the summary."""
     if failures:

@@ -17,7 +17,7 @@ from nnunet_semiseg.evaluation.metrics import METRICS, TOLERANCE, Rules
 from nnunet_semiseg.evaluation.statistics import Summary
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.markdown import table
-from nnunet_semiseg.parallel import add_processes_argument
+from nnunet_semiseg.parallel import add_processes_argument, print_failures
 from nnunet_semiseg.segmentations import Classes, find_files, find_reader, patients_of
 
 
@@ -81,11 +81,10 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.o or args.p)
     records, failures = evaluate_files(files, classes, rules, output, args.np, reader)
     if failures:
-        print("\n".join(failures), file=sys.stderr)
-        print(
+        print_failures(
+            failures,
             f"{len(failures)} of {len(files)} cases could not be evaluated (above), so {TABLE} is not written. "
             "Fix these and run the command again: the others are kept.",
-            file=sys.stderr,
         )
         return 1
     for warning in dict.fromkeys(warning for record in records for warning in record["warnings"]):

@@ -33,7 +33,7 @@ from nnunet_semiseg.measuring import (
     program,
     run_measured,
 )
-from nnunet_semiseg.parallel import over_cases
+from nnunet_semiseg.parallel import over_cases, print_failures
 from nnunet_semiseg.segmentations import find_files, holds, version
 
 TABLE = "efficiency.csv"
@@ -127,11 +127,10 @@ def run(args: argparse.Namespace) -> int:
             (output / TABLE).unlink(missing_ok=True)
         done, failures = over_cases(_measure, jobs, 1, "Measuring", done=len(cases) - len(jobs))
     if failures:
-        print("\n".join(failures), file=sys.stderr)
-        print(
+        print_failures(
+            failures,
             f"{len(failures)} of {len(cases)} cases could not be measured (above), so {TABLE} is not written. "
             "Fix these and run the command again: the others are kept.",
-            file=sys.stderr,
         )
         return 1
     measured = {case: curves for case, curves in finished.items() if curves} | done

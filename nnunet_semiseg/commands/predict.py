@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from nnunet_semiseg.files import read_json, write_json
@@ -11,7 +10,7 @@ from nnunet_semiseg.inference import openvino_runtime
 from nnunet_semiseg.inference.images import find_cases
 from nnunet_semiseg.inference.model import Model, converted, fingerprint
 from nnunet_semiseg.inference.predictor import Predictor, Settings, open_model
-from nnunet_semiseg.parallel import over_cases
+from nnunet_semiseg.parallel import over_cases, print_failures
 
 # Written beside the label maps: what made them.
 SETTINGS = "predict.json"
@@ -80,11 +79,10 @@ def run(args: argparse.Namespace) -> int:
         jobs = {case: (case, cases[case], outputs[case]) for case in waiting}
         _, failures = over_cases(predictor.predict, jobs, 1, "Predicting", done=len(cases) - len(waiting))
     if failures:
-        print("\n".join(failures), file=sys.stderr)
-        print(
+        print_failures(
+            failures,
             f"{len(failures)} of {len(cases)} cases could not be predicted (above); the others are done. Fix or remove "
             "these and run the command again.",
-            file=sys.stderr,
         )
         return 1
     print(f"{len(cases)} cases are in {out}")

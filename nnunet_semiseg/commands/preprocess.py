@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from nnunet_semiseg.data.preprocessing import STORED_SUFFIXES, preprocess_cases
 from nnunet_semiseg.data.unlabeled import check_store, store_folder
 from nnunet_semiseg.datasets import CaseError, Dataset, dataset_name
-from nnunet_semiseg.parallel import add_processes_argument
+from nnunet_semiseg.parallel import add_processes_argument, print_failures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +52,10 @@ def run(args: argparse.Namespace) -> int:
             done_folders.add(store)
             failures += _preprocess(dataset, args, name, store, images)
     if failures:
-        print("\n".join(sorted(set(failures))), file=sys.stderr)
-        print(
+        print_failures(
+            sorted(set(failures)),
             f"{len(set(failures))} of {len(images)} cases could not be preprocessed (above); the others are done. "
             "Fix or remove these and run the command again.",
-            file=sys.stderr,
         )
         return 1
     return 0

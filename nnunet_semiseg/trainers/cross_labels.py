@@ -6,11 +6,15 @@ from collections.abc import Iterator
 
 import torch
 
-from nnunet_semiseg.trainers.frame import Network, SemiSupervisedTrainer, Term, Unlabeled, Voxels
+from nnunet_semiseg.trainers.frame import SECOND, STUDENT, Network, SemiSupervisedTrainer, Term, Unlabeled, Voxels
 
 
 class CrossLabels(SemiSupervisedTrainer):
     """Base of methods whose options are SecondNetworkOptions and PseudoLabelOptions."""
+
+    passes = (2, 1, 2, 1)
+    terms = dict(supervised=STUDENT, supervised_second=SECOND, cross_first=STUDENT, cross_second=SECOND)
+    switched_off = "pseudo_weight=0"
 
     @property
     def labeling(self) -> tuple[Network, ...]:

@@ -194,7 +194,7 @@ class MethodHooks(Part):
 
     def after_step(self) -> None:
         """Called after every optimizer step, also one that the gradient scaler of mixed precision left out."""
-        for teacher, student in zip(self.teachers, cast(tuple[nn.Module, ...], self.students)):
+        for teacher, student in zip(self.teachers, self.students):
             teacher.update(student)
 
     def target_transforms(self) -> list:
@@ -236,7 +236,7 @@ class MethodHooks(Part):
 
     def _teachers_start(self) -> None:
         """As copies of their students."""
-        for teacher, student in zip(self.teachers, cast(tuple[nn.Module, ...], self.students)):
+        for teacher, student in zip(self.teachers, self.students):
             teacher.copy_from(student)
 
     def method_state(self) -> dict:
@@ -277,7 +277,7 @@ class MethodHooks(Part):
         return self.network.module if self.is_ddp else self.network
 
     @property
-    def students(self) -> tuple[Network, ...]:
+    def students(self) -> tuple[nn.Module, ...]:
         """The networks that learn to segment, as they are run: the student, and a second one beside it."""
         return (self.student,) if self.second is None else (self.student, self.second)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -100,7 +99,7 @@ class SemiSupervisedTrainer(
                 self.companions["second"] = self._second.module
                 self.second = self.compiled(self._second.module)
             if isinstance(self.options, TeacherOptions) and (self.needs_unlabeled() or self.predicting() == "teacher"):
-                for name, student in zip(TEACHERS, cast(tuple[nn.Module, ...], self.students)):
+                for name, student in zip(TEACHERS, self.students):
                     teacher = EMATeacher(student, self.options.ema_decay, warm_up=not self.teacher_starts_pretrained)
                     teacher.compile_with(self.compiled)
                     self.companions[name] = teacher

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from nnunet_semiseg.trainers.cross_labels import CrossLabels
 from nnunet_semiseg.trainers.frame import (
-    SECOND,
-    STUDENT,
     Paper,
     PretrainingOptions,
     PseudoLabelOptions,
@@ -73,9 +71,6 @@ class nnUNetTrainerCPS(CrossLabels):
         "propagation) and its channel of slice positions"
     )
     labeled_by = "second"
-    passes = (2, 1, 2, 1)
-    terms = dict(supervised=STUDENT, supervised_second=SECOND, cross_first=STUDENT, cross_second=SECOND)
-    switched_off = "pseudo_weight=0"
     Options = CPSOptions
     options: CPSOptions
 

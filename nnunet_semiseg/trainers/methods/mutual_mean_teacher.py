@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nnunet_semiseg.trainers.cross_labels import CrossLabels
-from nnunet_semiseg.trainers.frame import SECOND, STUDENT, Paper, SecondNetworkOptions
+from nnunet_semiseg.trainers.frame import Paper, SecondNetworkOptions
 from nnunet_semiseg.trainers.methods.cutmix import CutMixOptions
 
 
@@ -32,9 +32,6 @@ class nnUNetTrainerMutualMeanTeacher(CrossLabels):
     use_when = "if you can afford two networks"
     corrected = "hard labels with confidence weights, as in CutMix"
     labeled_by = "teacher"
-    passes = (2, 1, 2, 1)
-    terms = dict(supervised=STUDENT, supervised_second=SECOND, cross_first=STUDENT, cross_second=SECOND)
-    switched_off = "pseudo_weight=0"
     Options = MutualMeanTeacherOptions
     options: MutualMeanTeacherOptions
 
